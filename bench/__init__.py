@@ -1,0 +1,1 @@
+"""DepthVLM-Bench: public depth data sets in one schema. Command line: `python -m bench --help`."""

@@ -1,0 +1,71 @@
+"""Cameras and grids: the conversions that every source needs, each written once. Conventions: see source.py."""
+
+import numpy as np
+
+
+def change_grid(coordinate, size_from: int, size_to: int):
+    """A coordinate along one axis from a grid of `size_from` pixels to one of `size_to`, by pixel centres."""
+    return (np.asarray(coordinate, dtype=np.float64) + 0.5) * (size_to / size_from) - 0.5
+
+
+def ray_per_z(u, v, intrinsics) -> np.ndarray:
+    """Euclidean distance from the camera centre per unit of z-depth at pixel (u, v), >= 1, for a pinhole camera.
+
+    z = ray / ray_per_z and ray = z * ray_per_z; `intrinsics` (fx, fy, cx, cy) are of the grid that u and v count.
+    """
+    fx, fy, cx, cy = intrinsics
+    x = (np.asarray(u, dtype=np.float64) - cx) / fx
+    y = (np.asarray(v, dtype=np.float64) - cy) / fy
+    return np.sqrt(1.0 + x * x + y * y)
+
+
+def change_grid_intrinsics(intrinsics, size_from: tuple[int, int], size_to: tuple[int, int]):
+    """Intrinsics (fx, fy, cx, cy) of an image of size_from (W, H) for the same view on a grid of size_to (W, H)."""
+    fx, fy, cx, cy = intrinsics
+    return (
+        fx * size_to[0] / size_from[0],
+        fy * size_to[1] / size_from[1],
+        float(change_grid(cx, size_from[0], size_to[0])),
+        float(change_grid(cy, size_from[1], size_to[1])),
+    )
+
+
+def focal_from_fov(fov: float, size: int) -> float:
+    """Focal length in px of a pinhole camera that sees `fov` radians over `size` pixels."""
+    return size / (2.0 * np.tan(fov / 2.0))
+
+
+def rigid(rotation=None, translation=None) -> np.ndarray:
+    """4x4 transform from a rotation, a 3x3 matrix or a quaternion (w, x, y, z), and a translation."""
+    transform = np.eye(4)
+    if rotation is not None:
+        rotation = np.asarray(rotation, dtype=np.float64)
+        transform[:3, :3] = quaternion_to_matrix(rotation) if rotation.shape == (4,) else rotation
+    if translation is not None:
+        transform[:3, 3] = translation
+    return transform
+
+
+def quaternion_to_matrix(quaternion) -> np.ndarray:
+    """Rotation matrix of a quaternion (w, x, y, z), normalised first."""
+    w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def invert_rigid(transform: np.ndarray) -> np.ndarray:
+    """Inverse of a 4x4 rotation and translation."""
+    inverse = np.eye(4)
+    inverse[:3, :3] = transform[:3, :3].T
+    inverse[:3, 3] = -transform[:3, :3].T @ transform[:3, 3]
+    return inverse
+
+
+def apply(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """A 4x4 transform on points (N, 3), in float64."""
+    return np.asarray(points, dtype=np.float64) @ transform[:3, :3].T + transform[:3, 3]
