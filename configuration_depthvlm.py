@@ -1,0 +1,138 @@
+"""Configuration of DepthVLM: a Qwen3-VL with a depth head. The only channel by which the model is configured."""
+
+import math
+
+from transformers import Qwen3VLConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+
+HEAD_TYPES = ("dpt", "dpt_original", "mlp", "mlp_multiscale")
+FEATURE_SOURCES = ("vit+llm", "vit", "llm")
+REMOTE_CODE = {
+    "AutoConfig": "configuration_depthvlm.DepthVLMConfig",
+    "AutoModel": "modeling_depthvlm.DepthVLMForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_depthvlm.DepthVLMForConditionalGeneration",
+    "AutoModelForDepthEstimation": "modeling_depthvlm.DepthVLMForConditionalGeneration",
+}
+PIPELINES = {
+    "depth-estimation": {
+        "impl": "processing_depthvlm.DepthVLMPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    }
+}
+
+
+class DepthVLMConfig(Qwen3VLConfig):
+    r"""
+    Qwen3-VL's configuration and the depth head's fields.
+
+    depth_head_type (`str`, defaults to `"dpt"`):
+        `"dpt"`, the paper's head; of table 4 `"dpt_original"` (DPT's own resampling: x4, x2, x1, /2), `"mlp"` (two
+        layers on the fourth feature alone) and `"mlp_multiscale"` (two layers on all four).
+    depth_feature_source (`str`, defaults to `"vit+llm"`):
+        Where the head's four features come from (table 5): three vision taps and the LLM's last state; `"vit"`, three
+        vision taps and the vision tower's output; `"llm"`, three LLM layers and the LLM's last state.
+    depth_head_widths (`list[int]`, defaults to `[256, 512, 1024, 1024]`):
+        Channels that a DPT head projects its four features to, from the finest to the coarsest level.
+    depth_head_channels (`int`, defaults to 256):
+        Channels in which a DPT head fuses them.
+    depth_llm_layers (`list[int]`, *optional*):
+        The three decoder layers, counted from 0, that `depth_feature_source="llm"` reads. `None`: the quarter points.
+    canonical_focal_length (`float`, defaults to 1000.0):
+        Focal length in px that the depth head believes every image to have been taken with (f_c of the paper).
+    """
+
+    model_type = "depthvlm"
+
+    depth_head_type: str = "dpt"
+    depth_feature_source: str = "vit+llm"
+    depth_head_widths: list[int] | tuple[int, ...] = (256, 512, 1024, 1024)
+    depth_head_channels: int = 256
+    depth_llm_layers: list[int] | None = None
+    canonical_focal_length: float | int = 1000.0
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            # Qwen3VLConfig's own defaults disagree with each other: the tower's output must have the LLM's width
+            text = self.text_config
+            width = text.get("hidden_size") if isinstance(text, dict) else getattr(text, "hidden_size", None)
+            self.vision_config = {"out_hidden_size": width or Qwen3VLTextConfig().hidden_size}
+        # Where the code lies is a property of the class: whatever a loaded file said, a saved one says this
+        kwargs |= {"auto_map": dict(REMOTE_CODE), "custom_pipelines": PIPELINES}
+        super().__post_init__(**kwargs)
+        if self.depth_llm_layers is None and self.depth_feature_source == "llm":
+            layers = self.text_config.num_hidden_layers
+            self.depth_llm_layers = [layers * quarter // 4 - 1 for quarter in (1, 2, 3)]
+        self.validate_architecture()  # called here: `@strict` would not raise a ValueError
+
+    def validate_architecture(self):
+        """Refuse what transformers accepts in silence and what breaks, or answers wrongly, later."""
+        super().validate_architecture()
+        text, vision = self.text_config, self.vision_config
+        if self.depth_head_type not in HEAD_TYPES:
+            raise ValueError(f"depth_head_type is {self.depth_head_type!r}; it must be one of {', '.join(HEAD_TYPES)}")
+        if self.depth_feature_source not in FEATURE_SOURCES:
+            raise ValueError(
+                f"depth_feature_source is {self.depth_feature_source!r}; it must be one of {', '.join(FEATURE_SOURCES)}"
+            )
+        widths, channels = self.depth_head_widths, self.depth_head_channels
+        if len(widths) != 4 or any(not isinstance(width, int) or width < 1 for width in widths):
+            raise ValueError(f"depth_head_widths is {widths}; it must be four positive numbers of channels")
+        if not isinstance(channels, int) or channels < 2 or channels % 2:
+            raise ValueError(f"depth_head_channels is {channels!r}; it must be a positive even number")
+        focal = self.canonical_focal_length
+        if not isinstance(focal, (int, float)) or not math.isfinite(focal) or focal <= 0:
+            raise ValueError(f"canonical_focal_length is {focal!r}; it must be a positive number of pixels")
+        if vision.out_hidden_size != text.hidden_size:
+            raise ValueError(
+                f"vision_config.out_hidden_size is {vision.out_hidden_size} but text_config.hidden_size is "
+                f"{text.hidden_size}; the vision tower must end in the LLM's width, so make them equal"
+            )
+        if vision.hidden_size % (4 * vision.num_heads):
+            raise ValueError(
+                f"vision_config.hidden_size {vision.hidden_size} / num_heads {vision.num_heads} is no multiple of 4, "
+                "which the two-axis rotary embedding needs; change either"
+            )
+        if math.isqrt(vision.num_position_embeddings) ** 2 != vision.num_position_embeddings:
+            raise ValueError(
+                f"vision_config.num_position_embeddings is {vision.num_position_embeddings}; it must be a square number"
+            )
+        taps = list(vision.deepstack_visual_indexes)
+        if taps != sorted(set(taps)) or any(not 0 <= tap < vision.depth for tap in taps):
+            raise ValueError(
+                f"vision_config.deepstack_visual_indexes is {taps}; they must ascend within the tower's layers "
+                f"0..{vision.depth - 1}"
+            )
+        if self.depth_feature_source != "llm" and len(taps) != 3:
+            raise ValueError(
+                f"vision_config.deepstack_visual_indexes has {len(taps)} entries; the depth head reads three"
+            )
+        if len(taps) > text.num_hidden_layers:
+            raise ValueError(
+                f"text_config.num_hidden_layers is {text.num_hidden_layers}, fewer than the {len(taps)} vision taps "
+                "that are added to its first layers; give the LLM at least one layer a tap"
+            )
+        if text.head_dim % 2:
+            raise ValueError(f"text_config.head_dim is {text.head_dim}; rotary embeddings need an even number")
+        section = (text.rope_parameters or {}).get("mrope_section")
+        if section is not None and sum(section) * 2 != text.head_dim:
+            raise ValueError(
+                f"text_config.rope_parameters mrope_section {list(section)} adds up to {sum(section)}; it must add up "
+                f"to half of head_dim, {text.head_dim // 2}"
+            )
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+            if not 0 <= getattr(self, name) < text.vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be below text_config.vocab_size {text.vocab_size}"
+                )
+        layers = self.depth_llm_layers
+        if layers is not None and (
+            len(layers) != 3
+            or layers != sorted(set(layers))
+            or any(not 0 <= layer < text.num_hidden_layers for layer in layers)
+        ):
+            raise ValueError(
+                f"depth_llm_layers is {layers}; it must be three ascending layers below {text.num_hidden_layers}"
+            )
+
+
+__all__ = ["DepthVLMConfig"]

@@ -1,0 +1,462 @@
+"""DepthVLM: Qwen3-VL that returns, from the same forward pass, a dense metric depth map for every image.
+
+The way of an image: the vision tower encodes it once; its three DeepStack features (merged, of the LLM's width) and the
+LLM's last hidden state at the image's tokens are four maps on the token grid; `DepthVLMDPTHead` turns them into one
+depth a pixel of the processed image. Text goes the way it goes in Qwen3-VL, bit for bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.utils import can_return_tuple
+
+from .configuration_depthvlm import DepthVLMConfig
+
+
+@dataclass
+class DepthVLMOutput(ModelOutput):
+    """
+    Qwen3-VL's output fields and the depth of the batch's images.
+
+    loss (`torch.FloatTensor` of shape `(1,)`, given with `labels`): next-token loss.
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): as Qwen3-VL's.
+    predicted_depth (tuple of `torch.FloatTensor` of shape `(height, width)`, one an image, in the batch's order):
+        z-depth in metres as a camera of `config.canonical_focal_length` sees it, float32, at the processed image's
+        size. `processor.post_process_depth_estimation` takes it to the photo's own camera and size. `None` with
+        `output_depth=False`.
+    cameras (list of dict, one an image): what the processor said of each photo, passed on for post-processing.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    predicted_depth: tuple[torch.FloatTensor, ...] | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cameras: list[dict] | None = None
+
+
+@dataclass
+class DepthVLMGenerateOutput(GenerateDecoderOnlyOutput):
+    """`generate`'s output and, one an image of the prompt, `predicted_depth` and `cameras` as in `DepthVLMOutput`."""
+
+    predicted_depth: tuple[torch.FloatTensor, ...] | None = None
+    cameras: list[dict] | None = None
+
+
+@dataclass
+class DepthVLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """Beam search's output and, one an image of the prompt, `predicted_depth` and `cameras` as in `DepthVLMOutput`."""
+
+    predicted_depth: tuple[torch.FloatTensor, ...] | None = None
+    cameras: list[dict] | None = None
+
+
+@dataclass
+class DepthVLMImageFeatures(BaseModelOutputWithDeepstackFeatures):
+    """
+    The vision tower's output, with what the depth head needs and `generate` would drop, or repeat for each beam.
+
+    image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`): the patch grid of each image.
+    visual_maps (tuple of tuples of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`): the DeepStack levels and
+        the tower's own output, each one tensor an image.
+    """
+
+    image_grid_thw: torch.LongTensor | None = None
+    visual_maps: tuple | None = None
+
+
+class DepthVLMModel(Qwen3VLModel):
+    """Qwen3-VL's backbone, which also tells what it saw: the image features with their grid, and its own output."""
+
+    config: DepthVLMConfig
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+        features = super().get_image_features(pixel_values, image_grid_thw, **kwargs)
+        return DepthVLMImageFeatures(
+            **features,
+            image_grid_thw=image_grid_thw,
+            visual_maps=(*features.deepstack_features, features.pooler_output),
+        )
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        pixel_values_videos=None,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        mm_token_type_ids=None,
+        mm_encoder_outputs=None,
+        seen: SimpleNamespace | None = None,
+        **kwargs,
+    ):
+        """As Qwen3-VL's; `seen`, if given, gets the attributes `input_ids`, `images` (None without) and `outputs`."""
+        if seen is not None and mm_encoder_outputs is None:
+            # encoded here and handed over, so that the depth head reads the very features that the LLM reads
+            mm_encoder_outputs = {}
+            if pixel_values is not None:
+                mm_encoder_outputs["image"] = self.get_image_features(pixel_values, image_grid_thw, **kwargs)
+            if pixel_values_videos is not None:
+                mm_encoder_outputs["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+            pixel_values = pixel_values_videos = None
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        if seen is not None:
+            seen.input_ids, seen.images, seen.outputs = input_ids, (mm_encoder_outputs or {}).get("image"), outputs
+        return outputs
+
+
+class DepthVLMResidualUnit(nn.Module):
+    """R(x) = ReLU(x) + conv2(ReLU(conv1(ReLU(x)))): the shortcut is rectified, as the released weights were trained."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states):
+        hidden_states = F.relu(hidden_states)
+        return hidden_states + self.conv2(F.relu_(self.conv1(hidden_states)))
+
+
+class DepthVLMFusion(nn.Module):
+    """Adds a finer map to what came from below and resizes the sum to the next finer map's grid."""
+
+    def __init__(self, channels: int, has_skip: bool):
+        super().__init__()
+        self.out_conv = nn.Conv2d(channels, channels, kernel_size=1)
+        if has_skip:
+            self.resConfUnit1 = DepthVLMResidualUnit(channels)
+        self.resConfUnit2 = DepthVLMResidualUnit(channels)
+
+    def forward(self, hidden_states, skip, size):
+        if skip is not None:
+            hidden_states = hidden_states + self.resConfUnit1(skip)
+        hidden_states = self.resConfUnit2(hidden_states)
+        # a 1x1 convolution commutes with bilinear resizing, and costs a quarter on the smaller grid
+        return resize(self.out_conv(hidden_states), size)
+
+
+class DepthVLMDPTHead(nn.Module):
+    """
+    The paper's DPT head: four maps on the token grid -> one positive depth a pixel.
+
+    1. one LayerNorm for all four; 1x1 projections; a pyramid of 8, 4, 2 and 1 times the token grid (`"dpt_original"`:
+       4, 2, 1 and 1/2 times);
+    2. 3x3 convolutions to 256 channels, fused from the coarsest to the finest;
+    3. two 3x3 convolutions around the last resize, a 1x1 convolution and Softplus, these two in float32.
+    """
+
+    def __init__(self, config: DepthVLMConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        widths, channels = config.depth_head_widths, config.depth_head_channels
+        self.pixels_per_token = pixels_per_token(config)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.projects = nn.ModuleList([nn.Conv2d(hidden_size, width, kernel_size=1) for width in widths])
+        factors = (4, 2, 1, 0.5) if config.depth_head_type == "dpt_original" else (8, 4, 2, 1)
+        self.resize_layers = nn.ModuleList(map(resampling, widths, factors))
+        self.scratch = nn.Module()
+        for level, width in enumerate(widths, start=1):
+            conv = nn.Conv2d(width, channels, kernel_size=3, padding=1, bias=False)
+            self.scratch.add_module(f"layer{level}_rn", conv)
+            self.scratch.add_module(f"refinenet{level}", DepthVLMFusion(channels, has_skip=level < len(widths)))
+        self.scratch.output_conv1 = nn.Conv2d(channels, channels // 2, kernel_size=3, padding=1)
+        self.scratch.output_conv2 = nn.Sequential(
+            nn.Conv2d(channels // 2, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 1, kernel_size=1),
+        )
+
+    def forward(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+        """
+        features: four tensors of shape `(batch_size * grid_h * grid_w, hidden_size)`, raster order an image.
+        grid: `(grid_h, grid_w)`, in tokens.
+
+        Returns a float32 tensor of shape `(batch_size, grid_h * pixels_per_token, grid_w * pixels_per_token)`.
+        """
+        scratch = self.scratch
+        pyramid = []
+        for level, tokens in enumerate(features):
+            # (B, D, g_h, g_w) by strides alone: the tokens are channels-last already, the fast format for convolutions
+            maps = self.norm(tokens).unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)
+            maps = self.resize_layers[level](self.projects[level](maps))
+            pyramid.append(getattr(scratch, f"layer{level + 1}_rn")(maps))
+        fused = scratch.refinenet4(pyramid[3], None, pyramid[2].shape[-2:])
+        fused = scratch.refinenet3(fused, pyramid[2], pyramid[1].shape[-2:])
+        fused = scratch.refinenet2(fused, pyramid[1], pyramid[0].shape[-2:])
+        fused = scratch.refinenet1(fused, pyramid[0], [2 * side for side in pyramid[0].shape[-2:]])
+        fused = resize(scratch.output_conv1(fused), [side * self.pixels_per_token for side in grid])
+        fused = F.relu(scratch.output_conv2[0](fused))
+        last = scratch.output_conv2[2]
+        with float32(fused):
+            logits = F.conv2d(fused.float(), last.weight.float(), last.bias.float())
+            return F.softplus(logits).squeeze(1)
+
+
+class DepthVLMMLPHead(nn.Module):
+    """Table 4's two-layer head: each token gives one block of pixels_per_token x pixels_per_token depths."""
+
+    def __init__(self, config: DepthVLMConfig):
+        super().__init__()
+        self.multiscale = config.depth_head_type == "mlp_multiscale"
+        in_features = config.text_config.hidden_size * (4 if self.multiscale else 1)
+        self.pixels_per_token = pixels_per_token(config)
+        self.norm = nn.LayerNorm(in_features, eps=1e-5)
+        self.fc1 = nn.Linear(in_features, 1024)
+        self.fc2 = nn.Linear(1024, self.pixels_per_token**2)
+
+    def forward(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+        """As `DepthVLMDPTHead.forward`; the single-scale head reads the fourth feature alone."""
+        tokens = torch.cat(list(features), dim=-1) if self.multiscale else features[-1]
+        hidden_states = F.gelu(self.fc1(self.norm(tokens)))
+        with float32(hidden_states):
+            logits = F.linear(hidden_states.float(), self.fc2.weight.float(), self.fc2.bias.float())
+            blocks = F.softplus(logits).unflatten(-1, (self.pixels_per_token,) * 2).unflatten(0, (-1, *grid))
+            return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def pixels_per_token(config: DepthVLMConfig) -> int:
+    return config.vision_config.patch_size * config.vision_config.spatial_merge_size
+
+
+def resampling(channels: int, factor: float) -> nn.Module:
+    if factor == 1:
+        return nn.Identity()
+    if factor < 1:
+        return nn.Conv2d(channels, channels, kernel_size=3, stride=round(1 / factor), padding=1)
+    return nn.ConvTranspose2d(channels, channels, kernel_size=factor, stride=factor)
+
+
+def resize(maps, size):
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def float32(tensor):
+    """No autocast here: bf16 holds three digits of a depth, too few to tell one pixel from the next."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
+    """
+    Qwen3-VL with a depth head: `forward` answers in logits and in metres, `generate` in tokens and in metres.
+
+    Depth is of images; videos are Qwen3-VL's own, text only.
+    """
+
+    config: DepthVLMConfig
+    _no_split_modules = [*Qwen3VLForConditionalGeneration._no_split_modules, "DepthVLMDPTHead", "DepthVLMMLPHead"]
+
+    def __init__(self, config: DepthVLMConfig):
+        # not the parent's __init__: it would build the backbone a first time, and finish before there is a head
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)
+        self.model = DepthVLMModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        head_class = DepthVLMDPTHead if config.depth_head_type.startswith("dpt") else DepthVLMMLPHead
+        self.depth_head = head_class(config)
+        self._depth_of_generate = None  # in `generate`: {} until the prefill has put its depth there
+        self.post_init()
+
+    def _init_weights(self, module):
+        """A new head starts as PyTorch initialises its layers, not as transformers does a language model's."""
+        if module not in set(self.depth_head.modules()):
+            super()._init_weights(module)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        output_depth: bool = True,
+        cameras: list[dict] | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> tuple | DepthVLMOutput:
+        r"""
+        As Qwen3-VL's `forward`, with:
+
+        output_depth (`bool`, defaults to `True`): whether to predict depth for the batch's images.
+        cameras (list of dict, one an image): the processor's, handed on to the output for post-processing.
+
+        ```python
+        >>> inputs = processor(images=[photo], return_tensors="pt")
+        >>> outputs = model(**inputs)
+        >>> processor.post_process_depth_estimation(outputs)[0]["predicted_depth"]  # (H, W), metres
+        ```
+        """
+        check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth)
+        seen = SimpleNamespace() if output_depth else None  # not a dict: accelerate's hooks would fill a copy
+        needs_states = output_depth and self.config.depth_feature_source == "llm"
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_hidden_states=output_hidden_states or needs_states or None,
+            return_dict=True,
+            seen=seen,
+            **kwargs,
+        )
+        return DepthVLMOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            predicted_depth=self.predict_depth(seen) if output_depth else None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states if output_hidden_states or not needs_states else None,
+            attentions=outputs.attentions,
+            cameras=cameras,
+        )
+
+    def predict_depth(self, seen: SimpleNamespace) -> tuple[torch.Tensor, ...]:
+        """
+        Depth from what the backbone has seen (`DepthVLMModel.forward`): the head runs once a group of equal grids.
+
+        Returns one float32 `(height, width)` an image, as `DepthVLMOutput.predicted_depth`.
+        """
+        images = seen.images
+        if images is None:
+            return ()
+        if getattr(images, "image_grid_thw", None) is None:
+            raise ValueError(
+                "mm_encoder_outputs['image'] has no image_grid_thw, so its depth cannot be laid out; make it with this "
+                "model's get_image_features, or pass output_depth=False"
+            )
+        merge = self.config.vision_config.spatial_merge_size
+        # the batch's one synchronisation; everything after it is planned on the host
+        grids = [(height // merge, width // merge) for _, height, width in images.image_grid_thw.tolist()]
+        sizes = [height * width for height, width in grids]
+        # beams repeat a row; the copies are equal up to the last image token, so the first is enough
+        copies = len(images.pooler_output) // len(grids)
+        at_images = seen.input_ids[::copies] == self.config.image_token_id
+
+        def on_tokens(states):
+            return states[::copies][at_images.to(states.device)].split(sizes)
+
+        if self.config.depth_feature_source == "vit":
+            maps = images.visual_maps
+        elif self.config.depth_feature_source == "llm":
+            layers = [seen.outputs.hidden_states[layer + 1] for layer in self.config.depth_llm_layers]
+            maps = [on_tokens(states) for states in (*layers, seen.outputs.last_hidden_state)]
+        else:
+            maps = [*images.visual_maps[:-1], on_tokens(seen.outputs.last_hidden_state)]
+        groups = {}
+        for index, grid in enumerate(grids):
+            groups.setdefault(grid, []).append(index)
+        head = next(self.depth_head.parameters())
+        depth = [None] * len(grids)
+        for grid, members in groups.items():
+            features = [torch.cat([level[index] for index in members]).to(head.device, head.dtype) for level in maps]
+            for index, prediction in zip(members, self.depth_head(features, grid), strict=True):
+                depth[index] = prediction
+        return tuple(depth)
+
+    def generate(self, inputs=None, generation_config=None, *, output_depth=None, cameras=None, **kwargs):
+        r"""
+        As Qwen3-VL's `generate`. With `return_dict_in_generate=True` the output also holds `predicted_depth`, one map
+        for each image of the prompt (not one a returned sequence), made by the prefill that the answer starts from.
+
+        output_depth (`bool`, *optional*): `False` leaves depth out, `True` insists; by default it comes with the dict.
+        cameras (list of dict, one an image): the processor's, handed on to the output for post-processing.
+        """
+        settings = generation_config or self.generation_config
+        returns_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
+        if output_depth and not returns_dict:
+            raise ValueError("output_depth=True needs return_dict_in_generate=True; a tensor has no room for depth")
+        output_depth = bool(returns_dict) if output_depth is None else output_depth
+        pixel_values, grid = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
+        check_image_inputs(kwargs.get("input_ids", inputs), pixel_values, grid, cameras, output_depth)
+        if pixel_values is not None and kwargs.get("mm_token_type_ids") is None:
+            raise ValueError(
+                "mm_token_type_ids is missing beside pixel_values; without it the image would be placed like text, "
+                "so pass on everything that the processor returned"
+            )
+        if output_depth and kwargs.get("prefill_chunk_size", settings.prefill_chunk_size) is not None:
+            raise ValueError(
+                "prefill_chunk_size cuts images into pieces without depth; leave it out or pass output_depth=False"
+            )
+        self._depth_of_generate = {} if output_depth else None
+        try:
+            outputs = super().generate(inputs, generation_config, **kwargs)
+            depth = self._depth_of_generate.get("predicted_depth", ()) if output_depth else None
+        finally:
+            self._depth_of_generate = None
+        if not output_depth:
+            return outputs
+        is_beam = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
+        output_class = DepthVLMGenerateBeamOutput if is_beam else DepthVLMGenerateOutput
+        return output_class(**outputs, predicted_depth=depth, cameras=cameras)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        model_inputs["output_depth"] = self._depth_of_generate == {}  # asked for, and not there yet
+        return model_inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
+        if self._depth_of_generate == {}:
+            self._depth_of_generate["predicted_depth"] = outputs.predicted_depth
+        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+
+
+def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth):
+    """Refuse, in a sentence, image inputs that do not belong together."""
+    if pixel_values is None:
+        return
+    if image_grid_thw is None:
+        raise ValueError("pixel_values came without image_grid_thw; pass on everything that the processor returned")
+    if input_ids is None and output_depth:
+        raise ValueError(
+            "pixel_values came without input_ids, which say where the image's tokens are; pass input_ids too, "
+            "or output_depth=False"
+        )
+    if cameras is not None and len(cameras) != len(image_grid_thw):
+        raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one an image, or None")
+
+
+__all__ = ["DepthVLMForConditionalGeneration", "DepthVLMModel"]
