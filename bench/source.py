@@ -128,7 +128,9 @@ def inside(root: Path, *parts: str) -> Path:
         raise BadFrame(f"path {str(relative)!r} leads out of {root}; only paths below it are read")
     path = root / relative
     if not path.resolve().is_relative_to(root.resolve()):
-        raise BadFrame(f"path {str(relative)!r} leads out of {root} through a link; copy the file or pass the real folder")
+        raise BadFrame(
+            f"path {str(relative)!r} leads out of {root} through a link; copy the file or pass the real folder"
+        )
     return path
 
 

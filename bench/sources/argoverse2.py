@@ -1,0 +1,146 @@
+"""Argoverse 2 sensor data: seven ring cameras and lidar sweeps, at their own times, in the moving ego frame.
+
+A pixel's depth: sweep points, in the ego frame at the sweep's time -> city -> ego at the image's time -> camera.
+Images are published undistorted, so k1, k2, k3 are not used. Pixel centres at whole numbers are assumed, as the
+devkit's users round; the set does not say.
+"""
+
+from bisect import bisect
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as arrow_dataset
+
+from ..geometry import apply, invert_rigid
+from ..lidar import LidarSource, pose, require_size
+from ..source import BadFrame, BadRaw, Frame, Sample
+
+CAMERAS = (
+    "ring_front_center",
+    "ring_front_left",
+    "ring_front_right",
+    "ring_rear_left",
+    "ring_rear_right",
+    "ring_side_left",
+    "ring_side_right",
+)
+POSE = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
+INTRINSICS = ("fx_px", "fy_px", "cx_px", "cy_px", "width_px", "height_px")
+# Sweeps come at 10 Hz, so one is never further than 50 ms from an image, but for the first and last of a log.
+MAX_GAP_NS = 51_000_000
+# A sweep has about 100 000 points, a pose table 2700 rows.
+MAX_ROWS = 4_000_000
+
+
+class Argoverse2(LidarSource):
+    name = "argoverse2"
+    title = "Argoverse 2 Sensor Dataset"
+    page = "https://www.argoverse.org/av2.html"
+    licence = "CC BY-NC-SA 4.0"
+    citation = (
+        "Wilson et al., Argoverse 2: Next Generation Datasets for Self-Driving Perception and Forecasting, "
+        "NeurIPS Datasets and Benchmarks, 2021"
+    )
+    layout = """\
+{train,test}/{log}/
+    sensors/cameras/{ring camera}/{timestamp_ns}.jpg
+    sensors/lidar/{timestamp_ns}.feather
+    calibration/{intrinsics,egovehicle_SE3_sensor}.feather
+    city_SE3_egovehicle.feather"""
+    needs = (
+        ("*/*/sensors/cameras/ring_front_center/*.jpg", "images of a log of train or test"),
+        ("*/*/sensors/lidar/*.feather", "lidar sweeps of a log"),
+        ("*/*/calibration/intrinsics.feather", "camera intrinsics of a log"),
+        ("*/*/calibration/egovehicle_SE3_sensor.feather", "camera poses in the ego frame of a log"),
+        ("*/*/city_SE3_egovehicle.feather", "ego poses of a log"),
+    )
+    splits = {"train": ("train",), "test": ("test",)}
+    depth_range = (0.05, 120.0)
+    # Two lidars with beams 1/3 degree apart about the horizon, and further apart below it, where near objects are.
+    window = 0.7
+
+    def frames(self, split: str) -> Iterator[Frame]:
+        for own in self.own_splits(split):
+            if not self.path(own).is_dir():
+                raise BadRaw(f"no folder {own!r} in {self.raw}; download the logs of split {own} into it")
+            for log in self.listdir(own):
+                if self.path(own, log).is_dir():
+                    yield from self.frames_of_log(own, log)
+
+    def frames_of_log(self, own: str, log: str) -> Iterator[Frame]:
+        sweeps = self.timestamps(own, log, "sensors/lidar", ".feather")
+        for camera in CAMERAS:
+            images = self.timestamps(own, log, f"sensors/cameras/{camera}", ".jpg")
+            if not images:
+                yield Frame(f"{log}/{camera}/none", log, camera, f"no image in {own}/{log}/sensors/cameras/{camera}")
+            for timestamp in images:
+                yield Frame(
+                    f"{log}/{camera}/{timestamp}", log, camera, (own, log, timestamp, nearest(sweeps, timestamp))
+                )
+
+    def timestamps(self, own: str, log: str, folder: str, suffix: str) -> list[int]:
+        """Sorted timestamps in ns that name the files of a folder; empty when there is no such folder."""
+        if not self.path(own, log, folder).is_dir():
+            return []
+        names = (name.removesuffix(suffix) for name in self.listdir(own, log, folder) if name.endswith(suffix))
+        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+    def load(self, frame: Frame) -> Sample:
+        if isinstance(frame.data, str):
+            raise BadFrame(frame.data)
+        own, log, timestamp, sweep = frame.data
+        name = f"{own}/{log}/sensors/cameras/{frame.camera}/{timestamp}.jpg"
+        if sweep is None or abs(sweep - timestamp) > MAX_GAP_NS:
+            raise BadFrame(f"{name} has no lidar sweep within {MAX_GAP_NS // 1_000_000} ms; the nearest is {sweep}")
+        image, size = self.read_image(name)
+        fx, fy, cx, cy, *declared = self.row(
+            f"{own}/{log}/calibration/intrinsics.feather", "sensor_name", frame.camera, INTRINSICS
+        )
+        require_size(name, size, tuple(declared))
+        intrinsics = (fx, fy, cx, cy)
+        camera = self.pose(f"{own}/{log}/calibration/egovehicle_SE3_sensor.feather", "sensor_name", frame.camera)
+        ego_camera, ego_lidar = (
+            self.pose(f"{own}/{log}/city_SE3_egovehicle.feather", "timestamp_ns", t) for t in (timestamp, sweep)
+        )
+        points = self.points(f"{own}/{log}/sensors/lidar/{sweep}.feather")
+        transform = invert_rigid(camera) @ invert_rigid(ego_camera) @ ego_lidar
+        return Sample(image, self.depth_from_points(apply(transform, points), intrinsics, size), intrinsics)
+
+    def points(self, path: str) -> np.ndarray:
+        """A sweep's points (N, 3) float64 in metres in the ego frame at the sweep's time; half-floats in the file."""
+        table = self.table(path, columns=["x", "y", "z"])
+        if not all(pa.types.is_floating(column.type) for column in table.columns):
+            raise BadFrame(f"{path} holds points of type {table.schema.types}, not floats")
+        points = np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
+        return points[np.isfinite(points).all(axis=1)]
+
+    def pose(self, path: str, key: str, value) -> np.ndarray:
+        numbers = self.row(path, key, value, POSE)
+        return pose(numbers[:4], numbers[4:], f"{value} in {path}")
+
+    def row(self, path: str, key: str, value, columns: tuple[str, ...]) -> list[float]:
+        """Numbers in the row that has exactly this value: timestamps 1-5 ns apart are different poses."""
+        rows = self.table(path, columns=list(columns), filter=arrow_dataset.field(key) == value).to_pylist()
+        numbers = [rows[0][column] for column in columns] if rows else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise BadFrame(f"{path} has no whole row with {key} {value}; the log is not complete")
+        return numbers
+
+    def table(self, path: str, **selection) -> pa.Table:
+        try:
+            file = arrow_dataset.dataset(self.path(path), format="feather")
+            if file.count_rows() > MAX_ROWS:
+                raise BadFrame(f"{path} declares more than {MAX_ROWS} rows; not a file of this set")
+            return file.to_table(**selection, use_threads=False)
+        except pa.ArrowException as error:
+            raise BadFrame(f"{path} is not the expected Feather table ({error})") from error
+
+
+def nearest(times: list[int], time: int) -> int | None:
+    """The one of sorted `times` that is closest to `time`, the earlier one in a tie."""
+    i = bisect(times, time)
+    return min(times[max(i - 1, 0) : i + 1], key=lambda t: abs(t - time), default=None)
+
+
+SOURCE = Argoverse2

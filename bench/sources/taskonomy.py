@@ -1,0 +1,39 @@
+"""Taskonomy, as in Omnidata's starter set: 512x512 renders of building scans. Train only, buildings of `fullplus`."""
+
+from ..omnidata import Omnidata
+from ..source import BadRaw
+
+SPLIT_FILE = "train_val_test_fullplus.csv"
+
+
+class Taskonomy(Omnidata):
+    name = "taskonomy"
+    title = "Taskonomy (Omnidata starter set)"
+    page = "https://github.com/EPFL-VILAB/omnidata"
+    licence = "research and non-commercial agreement of each building source"
+    citation = (
+        "Zamir et al., Taskonomy: Disentangling Task Transfer Learning, CVPR 2018; "
+        "Eftekhar et al., Omnidata: A Scalable Pipeline for Making Multi-Task Mid-Level Vision Datasets, ICCV 2021"
+    )
+    layout = (
+        "{rgb,depth_zbuffer,point_info}/taskonomy/BUILDING/point_P_view_V_domain_*.{png,json} and "
+        f"{SPLIT_FILE} (StanfordVL/taskonomy, data/assets/splits_taskonomy.zip)"
+    )
+    needs = (
+        (SPLIT_FILE, "the list of buildings and their splits"),
+        ("rgb/taskonomy/*/point_*_domain_rgb.png", "images"),
+        ("depth_zbuffer/taskonomy/*/point_*_domain_depth_zbuffer.png", "z-depth (not depth_euclidean)"),
+        ("point_info/taskonomy/*/point_*.json", "cameras"),
+    )
+    depth_range = (0.005, 15.0)
+    part = "taskonomy"
+
+    def scenes(self, own_split: str) -> list[str]:
+        rows = self.table(SPLIT_FILE, "id", own_split)
+        for building, member in rows:
+            if member not in ("0", "1"):
+                raise BadRaw(f"{SPLIT_FILE}: {own_split} of {building} is {member!r}, not 0 or 1; download it again")
+        return [building for building, member in rows if member == "1"]
+
+
+SOURCE = Taskonomy
