@@ -1,5 +1,6 @@
 """Configuration of DepthVLM: a Qwen3-VL with a depth head. The only channel by which the model is configured."""
 
+import copy
 import math
 
 from transformers import Qwen3VLConfig
@@ -57,7 +58,7 @@ class DepthVLMConfig(Qwen3VLConfig):
             width = text.get("hidden_size") if isinstance(text, dict) else getattr(text, "hidden_size", None)
             self.vision_config = {"out_hidden_size": width or Qwen3VLTextConfig().hidden_size}
         # Where the code lies is a property of the class: whatever a loaded file said, a saved one says this
-        kwargs |= {"auto_map": dict(REMOTE_CODE), "custom_pipelines": PIPELINES}
+        kwargs |= {"auto_map": dict(REMOTE_CODE), "custom_pipelines": copy.deepcopy(PIPELINES)}
         super().__post_init__(**kwargs)
         if self.depth_llm_layers is None and self.depth_feature_source == "llm":
             layers = self.text_config.num_hidden_layers
