@@ -179,6 +179,11 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         rows = torch.arange(height, dtype=torch.float32, device=depth.device) - cy
         return torch.stack([columns * depth / focal_length, rows[:, None] * depth / focal_length, depth], dim=-1)
 
+    @staticmethod
+    def load_photo(photo) -> Image.Image:
+        """The upright RGB photo that depth is laid over, from anything that `images` takes."""
+        return open_photo(photo, "photo")[0]
+
     def _camera(self, size, given, from_exif, max_pixels, index) -> dict:
         width, height = size
         name = f"images[{index}]"

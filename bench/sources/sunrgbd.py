@@ -33,7 +33,7 @@ class SunRgbd(Source):
     depth_scale = 1000.0  # the set's own step, 1 mm
 
     def frames(self, split: str) -> Iterator[Frame]:
-        """Every image is a scene of its own here, so none is named: sampling then balances over the sensors' sources."""
+        """Every image is a scene of its own, so none is named: sampling then balances over the sources of images."""
         self.own_splits(split)
         for folder in alltest_folders(self):
             sensor, source, _ = folder.split("/", 2)
