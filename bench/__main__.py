@@ -1,0 +1,163 @@
+"""Command line of the benchmark: `python -m bench COMMAND --help`."""
+
+import argparse
+import sys
+import textwrap
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from . import sources
+from .source import BadFrame, Source
+
+
+def add_build(commands) -> None:
+    parser = commands.add_parser("build", help="raw folder -> Parquet shards and dataset card for load_dataset")
+    parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
+    parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
+    parser.add_argument("--split", choices=("train", "test"), help="one split; default: all that the source has")
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="images a split, 1000 for test by default")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and points")
+    parser.add_argument("--keep-hidden", action="store_true", help="lidar: keep points behind a nearer surface")
+    add_output(parser)
+    parser.set_defaults(run=run_build)
+
+
+def run_build(args) -> int:
+    from . import build
+
+    source = sources.get(args.source)
+    for split in [args.split] if args.split else source.splits:
+        reader = build.SourceReader(source, args.raw, split, args.seed, args.keep_hidden)
+        parameters, items = reader.plan(args.max_frames)
+        record = build.write_split(args.out, source, split, reader, parameters, items, args.num_proc, args.strict)
+        summarise(record)
+    return 0
+
+
+def add_import(commands) -> None:
+    parser = commands.add_parser("import", help="the released annotation JSONL (or DepthLM's of iBims-1) -> shards")
+    parser.add_argument("annotations", metavar="ANNOTATIONS.jsonl", type=Path)
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder that `image` starts from")
+    parser.add_argument("--depths", metavar="DIR", type=Path, help="folder that `depth_path` and masks start from")
+    parser.add_argument("--source", metavar="NAME", required=True, help="whose records they are")
+    parser.add_argument("--split", choices=("train", "test"), default="test", help="train rows hold no points")
+    parser.add_argument("--as-released", action="store_true", help="keep the released grid and ray distances")
+    add_output(parser)
+    parser.set_defaults(run=run_import)
+
+
+def run_import(args) -> int:
+    from .import_annotations import AnnotationReader, import_annotations
+
+    reader = AnnotationReader(sources.get(args.source), args.split, args.images, args.depths, args.as_released)
+    summarise(import_annotations(args.annotations, reader, args.out, args.num_proc, args.strict))
+    return 0
+
+
+def add_sources(commands) -> None:
+    parser = commands.add_parser("sources", help="list the sources: licence, page, splits, range, folder layout")
+    parser.set_defaults(run=run_sources)
+
+
+def run_sources(args) -> int:
+    for name in sources.names():
+        source = sources.get(name)
+        splits = ", ".join(f"{split} = {' + '.join(own)}" for split, own in source.splits.items())
+        low, high = source.depth_range
+        print(f"{name}: {source.title}\n  licence: {source.licence}\n  page: {source.page}")
+        print(f"  splits: {splits}\n  depth: {low}–{high} m, stored x {source.depth_scale:g}")
+        print("  layout:\n" + textwrap.indent(textwrap.dedent(source.layout).strip(), "    ") + "\n")
+    return 0
+
+
+def add_check(commands) -> None:
+    parser = commands.add_parser("check", help="does a raw folder look right? the first frame of each split is read")
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("--raw", metavar="DIR")
+    parser.set_defaults(run=run_check)
+
+
+def run_check(args) -> int:
+    from . import build
+
+    source = build.open_source(sources.get(args.source), args.raw)
+    missing = [f"{what} ({glob})" for glob, what in source.needs if not next(source.raw.glob(glob), None)]
+    for what in missing:
+        print(f"missing: {what}")
+    failures = len(missing)
+    for split in source.splits:
+        try:
+            print(f"{split}: {describe_first(source, split)}")
+        except (ValueError, OSError, StopIteration) as error:
+            failures += 1
+            print(f"{split}: {'no frames' if isinstance(error, StopIteration) else error}")
+    print(f"{failures} problems; expected: {source.layout}" if failures else f"{source.name} looks right")
+    return 1 if failures else 0
+
+
+def describe_first(source: Source, split: str) -> str:
+    """A line about a split's first frame. Raises what reading it raises, StopIteration for an empty split."""
+    from . import build
+
+    frame = next(iter(source.frames(split)))
+    try:
+        row, words = build.make_row(type(source), split, frame, source.load(frame))
+    except BadFrame as error:
+        raise BadFrame(f"frame {frame.id}: {error}") from error
+    width, height = build.image_size(row)
+    return (
+        f"{frame.id}: image {width}x{height}, depth {words.shape[1]}x{words.shape[0]} with {(words > 0).mean():.1%} "
+        f"valid, {words[words > 0].min() / source.depth_scale:.2f}–{words.max() / source.depth_scale:.2f} m, "
+        f"fx {row['fx']:.1f} fy {row['fy']:.1f} cx {row['cx']:.1f} cy {row['cy']:.1f} px"
+    )
+
+
+def add_output(parser) -> None:
+    """The options of every command that writes shards."""
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="shards go to DIR/SOURCE, card to DIR")
+    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="worker processes")
+    parser.add_argument("--strict", action="store_true", help="a frame that cannot be used is an error, not a listing")
+
+
+def positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
+    return int(value)
+
+
+def summarise(record: dict) -> None:
+    """Print what a build wrote and what it skipped."""
+    skipped, name = record["skipped"], f"{record['source']}/{record['split']}"
+    share = record["valid_pixels"] / max(record["pixels"], 1)
+    print(
+        f"{name}: {record['written']} images and {record['points']} points in {record['shards']} shards, "
+        f"{share:.1%} of depth pixels valid, {len(skipped)} frames skipped"
+    )
+    for frame in skipped[:20]:
+        print(f"  skipped {frame['id']}: {frame['reason']}")
+    if len(skipped) > 20:
+        print(f"  and {len(skipped) - 20} more, all listed in {name}.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m bench", description="DepthVLM-Bench: 13 depth data sets, one schema")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (add_sources, add_check, add_build, add_import):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished shards are kept, the same command goes on from them", file=sys.stderr)
+        return 130
+    except BrokenProcessPool:
+        print("a worker process was killed, by lack of memory perhaps; finished shards are kept: "
+              "run the same command again, with a smaller --num-proc", file=sys.stderr)  # fmt: skip
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if type(error).__name__ == "Skipped" else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

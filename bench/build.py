@@ -1,0 +1,393 @@
+"""A split of a source -> Parquet shards that `load_dataset` opens: OUT/{source}/{split}-00000-of-000NN.parquet.
+
+Beside each shard lies its report (.json), written last: a shard with a report is finished and is not made again.
+OUT/{source}/{split}.json holds the parameters from the start and the summary at the end.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from . import sampling
+from .source import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
+
+SHARD_IMAGES = 200
+ROW_GROUP_IMAGES = 100  # a viewer and a stream read a row group at a time
+ROW_GROUP_BYTES = 64 << 20
+ORIENTATION = ExifTags.Base.Orientation
+
+
+class Skipped(ValueError):
+    """A frame could not be used and the build is strict."""
+
+
+# A frame -> a row
+
+
+def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
+    """A row of FEATURES without points, and its depth words (h, w). Raises BadFrame."""
+    if not re.fullmatch(r"[A-Za-z0-9_./-]+", frame.id):
+        raise BadFrame(f"frame id {frame.id!r} has characters other than letters, digits and _./-")
+    if not (frame.scene + frame.camera).isprintable():
+        raise BadFrame(f"{frame.id}: scene {frame.scene!r} or camera {frame.camera!r} is not printable text")
+    if not np.isfinite(sample.intrinsics).all() or min(sample.intrinsics[:2]) <= 0:
+        raise BadFrame(f"{frame.id}: intrinsics {sample.intrinsics} are not finite with fx, fy > 0")
+    words = encode_depth(sample.depth, source.depth_range, source.depth_scale, frame.id)
+    row = {
+        "id": frame.id,
+        "source": source.name,
+        "split": split,
+        "scene": frame.scene,
+        "camera": frame.camera,
+        "image": {"bytes": encode_image(sample.image, frame.id), "path": None},
+        "depth": {"bytes": png(words), "path": None},
+        "depth_scale": float(source.depth_scale),
+        "depth_type": "z",
+        **dict(zip(("fx", "fy", "cx", "cy"), map(float, sample.intrinsics), strict=True)),
+        **dict.fromkeys(("points_u", "points_v", "points_depth"), ()),
+        "qa": {key: [pair[i] for pair in sample.qa] for i, key in enumerate(("kind", "question", "answer"))},
+    }
+    return row, words
+
+
+def encode_depth(depth: np.ndarray, depth_range, depth_scale: float, name: str) -> np.ndarray:
+    """Metres (h, w), 0 = none -> uint16 words; what lies outside depth_range becomes 0, never the bound."""
+    if depth.ndim != 2 or not 0 < depth.size <= MAX_PIXELS:
+        raise BadFrame(f"{name}: depth has shape {depth.shape}; it must be (h, w) of at most {MAX_PIXELS} pixels")
+    if not np.isfinite(depth).all() or depth.min() < 0:
+        raise BadFrame(f"{name}: depth holds NaN, infinite or negative values; the reader must set them to 0")
+    valid = (depth >= depth_range[0]) & (depth <= depth_range[1])
+    if not valid.any():
+        raise BadFrame(f"{name}: no depth within {depth_range[0]}..{depth_range[1]} m")
+    return np.where(valid, np.rint(depth.astype(np.float64) * depth_scale), 0).astype(np.uint16)
+
+
+def encode_image(image: bytes | np.ndarray, name: str) -> bytes:
+    """A file's own bytes, after a look whether they decode; an array (H, W, 3) uint8 as PNG, without loss."""
+    if isinstance(image, np.ndarray):
+        return png(image)
+    opened = open_image(image, name)
+    try:
+        opened.draft(None, (1, 1))  # a JPEG decoded at 1/8 size is checked in half the time
+        opened.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadFrame(f"{name}: the image is truncated or broken ({error})") from error
+    orientation = opened.getexif().get(ORIENTATION, 1)
+    if orientation != 1:  # `datasets` would turn the image when it decodes it, away from its depth and intrinsics
+        raise BadFrame(f"{name}: the image says to be turned (EXIF orientation {orientation}); remove the tag")
+    return image
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def image_size(row: dict) -> tuple[int, int]:
+    """(W, H) of a row's image."""
+    return open_image(row["image"]["bytes"], row["id"]).size
+
+
+def read_row(reader, frame: Frame, n_points: int):
+    """(row, None, words) of a frame, or (None, reason, None) when it cannot be used."""
+    try:
+        row, words = reader(frame, n_points)
+        return row, None, words
+    except (MemoryError, ImportError):  # of the machine, not of the frame
+        raise
+    except (BadFrame, BadRaw, OSError) as error:
+        reason = str(error)
+    except Exception as error:  # one file that no reader foresaw must not end a run of days
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} (unforeseen, {Path(where.filename).name}:{where.lineno})"
+    # It may quote what a file holds, and is going to be printed.
+    return None, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:1000]), None
+
+
+# A source's split
+
+
+def open_source(source: type[Source], raw: str | None, keep_hidden: bool = False) -> Source:
+    """The source over its raw folder; one that needs none (procedural) is opened without."""
+    takes = inspect.signature(source).parameters
+    if keep_hidden and "remove_hidden" not in takes:
+        raise ValueError(f"{source.name} has no rule for hidden points to switch off: leave --keep-hidden out")
+    options = {"remove_hidden": False} if keep_hidden else {}
+    if raw is not None:
+        return source(raw, **options)
+    if "raw" in takes and takes["raw"].default is inspect.Parameter.empty:
+        raise ValueError(f"{source.name} needs --raw, the folder of {source.title}: {source.layout}")
+    return source(**options)
+
+
+_opened = functools.lru_cache(maxsize=1)(open_source)  # a worker opens the source once, not once a shard
+
+
+@dataclass(frozen=True)
+class SourceReader:
+    """Reads the rows of one split of a source; picklable, so that any process can."""
+
+    source: type[Source]
+    raw: str | None
+    split: str
+    seed: int = 0
+    keep_hidden: bool = False
+
+    def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
+        sample = _opened(self.source, self.raw, self.keep_hidden).load(frame)
+        row, words = make_row(self.source, self.split, frame, sample)
+        if n_points:
+            named = self.seed, self.source.name, frame.id
+            points = sampling.draw_points(words, self.source.depth_scale, image_size(row), n_points, *named)
+            row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
+        return row, words
+
+    def plan(self, max_frames: int | None = None) -> tuple[dict, Iterator[tuple[Frame, int]]]:
+        """What decides the output, for the record; and the chosen frames, each with its number of points."""
+        source = open_source(self.source, self.raw, self.keep_hidden)
+        source.own_splits(self.split)
+        low, high = source.depth_range
+        if low * source.depth_scale <= 0.5 or high * source.depth_scale > 65535:
+            raise ValueError(
+                f"{source.name}: {low}..{high} m at depth_scale {source.depth_scale} do not fit in 16 bits"
+            )
+        sizes = sampling.count_groups(source.frames(self.split))
+        if not sizes:
+            raise BadRaw(f"{source.name} has no {self.split} frames in {self.raw}; expected: {source.layout}")
+        limit = sampling.IMAGES[self.split] if max_frames is None else max_frames
+        quota = sampling.allot(sizes, limit, self.seed)
+        images = sum(quota.values())
+        total = sampling.POINTS if self.split == "test" else 0
+        parameters = {
+            "images": images,
+            "images_listed": sum(sizes.values()),
+            "images_limit": limit,
+            "groups": len(sizes),
+            "listing": sampling.digest(sorted((*group, size) for group, size in sizes.items())).hex(),
+            "points": total,
+            "seed": self.seed,
+            "keep_hidden": self.keep_hidden,
+            "depth_range": [low, high],
+            "depth_scale": source.depth_scale,
+        }
+        frames = sampling.choose(source.frames(self.split), sizes, quota)
+        return parameters, ((frame, sampling.points_of_image(i, images, total)) for i, frame in enumerate(frames))
+
+
+# Shards
+
+
+def schema() -> pa.Schema:
+    """FEATURES for Parquet. "List" is written as "Sequence", the older name, which datasets 3.x and later both read."""
+    from .depthvlm_bench import FEATURES
+
+    def old(node):
+        if not isinstance(node, dict):
+            return node
+        return {key: "Sequence" if (key, value) == ("_type", "List") else old(value) for key, value in node.items()}
+
+    features = {"info": {"features": old(FEATURES.to_dict())}}
+    return FEATURES.arrow_schema.with_metadata({"huggingface": json.dumps(features)})
+
+
+def write_shard(reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], strict: bool) -> dict:
+    """Write one shard under another name, put it in place, then its report, which is returned."""
+    report = {"ids": _ids(items), "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rows, size, seen = [], 0, set()
+    try:
+        with pq.ParquetWriter(unfinished, arrow, use_dictionary=["source", "split", "scene", "camera"]) as writer:
+            for frame, n_points in items:
+                row, reason, words = read_row(reader, frame, n_points)
+                if row is None:
+                    if strict:
+                        raise Skipped(f"{frame.id}: {reason}")
+                    report["skipped"].append({"id": frame.id, "reason": reason})
+                    continue
+                if row["id"] in seen:
+                    raise ValueError(f"two frames are called {row['id']!r}; a frame's id must be unique in its split")
+                seen.add(row["id"])
+                rows.append(row)
+                size += len(row["image"]["bytes"]) + len(row["depth"]["bytes"])
+                report["written"] += 1
+                report["pixels"] += words.size
+                report["valid_pixels"] += int(np.count_nonzero(words))
+                report["points"] += len(row["points_u"])
+                if len(rows) == ROW_GROUP_IMAGES or size > ROW_GROUP_BYTES:
+                    writer.write_table(pa.Table.from_pylist(rows, arrow))
+                    rows, size = [], 0
+            if rows:  # an empty row group cannot be loaded
+                writer.write_table(pa.Table.from_pylist(rows, arrow))
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    write_json(_report_path(path), report)
+    return report
+
+
+def write_split(
+    out: Path,
+    source: type[Source],
+    split: str,
+    reader: Callable[[Frame, int], tuple[dict, np.ndarray]],
+    parameters: dict,
+    items: Iterator[tuple[Frame, int]],
+    num_proc: int = 1,
+    strict: bool = False,
+) -> dict:
+    """Write all shards of a split that are not finished yet, then the summary and the card; returns the summary.
+
+    parameters: what decides the output, with `images`, the number of items. A folder that was built with others is
+    refused. strict: the first frame that cannot be used raises Skipped; otherwise it is listed in the summary.
+    """
+    from . import card  # here: it imports `datasets`, which takes a second that workers need not spend
+    from .depthvlm_bench import VERSION
+
+    folder = Path(out) / source.name
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = json.loads(json.dumps({"version": VERSION, **parameters}))
+    record = {"source": source.name, "split": split, "finished": False, "parameters": parameters}
+    _begin(folder / f"{split}.json", record)
+    for leftover in folder.glob(f".{split}*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+    images = parameters["images"]
+    n_shards = math.ceil(images / SHARD_IMAGES)
+    reports = {}
+
+    def unfinished() -> Iterator[tuple[Path, list]]:
+        rest = iter(items)
+        for i in range(n_shards):
+            path = folder / f"{split}-{i:05d}-of-{n_shards:05d}.parquet"
+            shard = list(itertools.islice(rest, (i + 1) * images // n_shards - i * images // n_shards))
+            report = _finished(path, shard)
+            if report is None:
+                yield path, shard
+            else:
+                reports[path] = report
+                bar.update(len(shard))
+        next(rest, None)  # runs the listing to its end, where `choose` checks that it has not changed
+
+    with tqdm(total=images, desc=f"{source.name}/{split}", unit="image", disable=None) as bar:
+        for path, report in _run(reader, unfinished(), num_proc, strict):
+            reports[path] = report
+            bar.update(report["written"] + len(report["skipped"]))
+
+    reports = [reports[path] for path in sorted(reports)]
+    facts = {key: getattr(source, key) for key in ("title", "page", "licence", "citation")}
+    sums = {key: sum(report[key] for report in reports) for key in ("written", "pixels", "valid_pixels", "points")}
+    skipped = [frame for report in reports for frame in report["skipped"]]
+    if not sums["written"]:
+        first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
+        raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
+    record |= {"finished": True, "shards": n_shards, **sums, "skipped": skipped, **facts}
+    write_json(folder / f"{split}.json", record)
+    card.write(out)
+    if strict and skipped:
+        raise Skipped(f"{len(skipped)} frames were skipped by an earlier run without --strict: {skipped[0]}")
+    return record
+
+
+def _begin(path: Path, record: dict) -> None:
+    """Write the record of a new build, or check that the one begun there is the same."""
+    if not path.exists():
+        return write_json(path, record)
+    old, new = json.loads(path.read_text())["parameters"], record["parameters"]
+    differing = [f"{key} {old.get(key)} (now {new.get(key)})" for key in {**old, **new} if old.get(key) != new.get(key)]
+    if differing:
+        raise ValueError(
+            f"{path.parent} holds {record['split']} shards built with {', '.join(differing)}; "
+            f"give another --out, or remove {path.with_suffix('')}* to build anew"
+        )
+
+
+def _finished(path: Path, items: list) -> dict | None:
+    """The report of a shard that is finished; refused when it was made of other frames."""
+    if not path.exists() or not _report_path(path).exists():
+        return None
+    report = json.loads(_report_path(path).read_text())
+    if report["ids"] != _ids(items):
+        raise ValueError(f"{path} holds other frames than the raw folder lists now; give another --out or remove it")
+    return report
+
+
+def _report_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def _ids(items: list[tuple[Frame, int]]) -> str:
+    return sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file in one step: whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+# Processes
+
+
+def _run(reader, tasks: Iterator[tuple[Path, list]], num_proc: int, strict: bool) -> Iterator[tuple[Path, dict]]:
+    """Write the shards in num_proc processes, with at most two shards a process listed ahead."""
+    arrow = schema()
+    if num_proc == 1:
+        for path, items in tasks:
+            yield path, write_shard(reader, arrow, path, items, strict)
+        return
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    pending = {}
+    try:
+        for path, items in tasks:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that starts here is not yet silent
+            pending[pool.submit(write_shard, reader, arrow, path, items, strict)] = path
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            if len(pending) > 2 * num_proc:
+                for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(done), done.result()
+        while pending:
+            for done in wait(pending, return_when=FIRST_COMPLETED).done:
+                yield pending.pop(done), done.result()
+        pool.shutdown()
+    except BaseException:  # Ctrl-C or a refusal: the shards in work are given up, finished ones stay
+        workers = set(multiprocessing.active_children()) - others
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            with contextlib.suppress(OSError):
+                worker.kill()
+        raise
+
+
+def _begin_worker() -> None:
+    """A worker ends by Ctrl-C without a word, and with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
