@@ -444,6 +444,21 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
 
+def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """
+    SILog of one image, sqrt(mean d^2 - 0.5 mean(d)^2 + 1e-8) with d = ln prediction - ln label over labelled pixels.
+
+    prediction: `(height, width)`, positive. label: `(h, w)`, in the same unit, 0 = no label; at least one pixel has one.
+    The prediction is resized to the label's size where they differ. Float32, whatever comes in.
+    """
+    if prediction.shape != label.shape:
+        prediction = resize(prediction[None, None], label.shape)[0, 0]
+    with float32(prediction):
+        labelled = label > 0
+        difference = prediction[labelled].float().log() - label[labelled].float().log()
+        return torch.sqrt(difference.square().mean() - 0.5 * difference.mean().square() + 1e-8)
+
+
 def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth):
     """Refuse, in a sentence, image inputs that do not belong together."""
     if pixel_values is None:
