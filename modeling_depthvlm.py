@@ -289,6 +289,21 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As transformers', but the depth head's weights must be there: a new head is for a plain Qwen3-VL alone."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        head = {name for name in model.state_dict() if name.startswith("depth_head.")}
+        missing = sorted(head & set(info["missing_keys"]))
+        is_base = model.config.model_type == Qwen3VLForConditionalGeneration.config_class.model_type
+        if missing and not (is_base and len(missing) == len(head)):
+            raise ValueError(
+                f"{model.config.name_or_path or 'the checkpoint'} lacks {len(missing)} of the depth head's {len(head)} "
+                f"tensors ({', '.join(missing[:3])}, ...), so its depth would be random; download it again, or add "
+                "a new head to a plain Qwen3-VL with convert_checkpoint.py"
+            )
+        return (model, info) if output_loading_info else model
+
     @can_return_tuple
     def forward(
         self,
@@ -448,8 +463,8 @@ def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """
     SILog of one image, sqrt(mean d^2 - 0.5 mean(d)^2 + 1e-8) with d = ln prediction - ln label over labelled pixels.
 
-    prediction: `(height, width)`, positive. label: `(h, w)`, in the same unit, 0 = no label; at least one pixel has one.
-    The prediction is resized to the label's size where they differ. Float32, whatever comes in.
+    prediction: `(height, width)`, positive. label: `(h, w)`, in the same unit, 0 = no label, at least one pixel
+    labelled. The prediction is resized to the label's size where they differ. Float32, whatever comes in.
     """
     if prediction.shape != label.shape:
         prediction = resize(prediction[None, None], label.shape)[0, 0]
