@@ -60,9 +60,6 @@ class DepthVLMConfig(Qwen3VLConfig):
         # Where the code lies is a property of the class: whatever a loaded file said, a saved one says this
         kwargs |= {"auto_map": dict(REMOTE_CODE), "custom_pipelines": copy.deepcopy(PIPELINES)}
         super().__post_init__(**kwargs)
-        if self.depth_llm_layers is None and self.depth_feature_source == "llm":
-            layers = self.text_config.num_hidden_layers
-            self.depth_llm_layers = [layers * quarter // 4 - 1 for quarter in (1, 2, 3)]
         self.validate_architecture()  # called here: `@strict` would not raise a ValueError
 
     def validate_architecture(self):
@@ -76,7 +73,11 @@ class DepthVLMConfig(Qwen3VLConfig):
                 f"depth_feature_source is {self.depth_feature_source!r}; it must be one of {', '.join(FEATURE_SOURCES)}"
             )
         widths, channels = self.depth_head_widths, self.depth_head_channels
-        if len(widths) != 4 or any(not isinstance(width, int) or width < 1 for width in widths):
+        if (
+            not isinstance(widths, (list, tuple))
+            or len(widths) != 4
+            or any(not isinstance(width, int) or width < 1 for width in widths)
+        ):
             raise ValueError(f"depth_head_widths is {widths}; it must be four positive numbers of channels")
         if not isinstance(channels, int) or channels < 2 or channels % 2:
             raise ValueError(f"depth_head_channels is {channels!r}; it must be a positive even number")
@@ -125,9 +126,13 @@ class DepthVLMConfig(Qwen3VLConfig):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it must be below text_config.vocab_size {text.vocab_size}"
                 )
+        if self.depth_llm_layers is None and self.depth_feature_source == "llm":
+            self.depth_llm_layers = [text.num_hidden_layers * quarter // 4 - 1 for quarter in (1, 2, 3)]
         layers = self.depth_llm_layers
         if layers is not None and (
-            len(layers) != 3
+            not isinstance(layers, list)
+            or len(layers) != 3
+            or any(not isinstance(layer, int) for layer in layers)
             or layers != sorted(set(layers))
             or any(not 0 <= layer < text.num_hidden_layers for layer in layers)
         ):

@@ -79,6 +79,7 @@ class DepthVLMModel(Qwen3VLModel):
 
     config: DepthVLMConfig
 
+    @can_return_tuple
     def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
         features = super().get_image_features(pixel_values, image_grid_thw, **kwargs)
         return DepthVLMImageFeatures(
@@ -162,6 +163,20 @@ class DepthVLMFusion(nn.Module):
         return resize(self.out_conv(hidden_states), size)
 
 
+class DepthVLMFloat32Conv(nn.Conv2d):
+    """A convolution in float32, whatever its weights are in. A module: offloaded weights come when one is called."""
+
+    def forward(self, hidden_states):
+        return self._conv_forward(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
+class DepthVLMFloat32Linear(nn.Linear):
+    """A linear layer in float32, as `DepthVLMFloat32Conv`."""
+
+    def forward(self, hidden_states):
+        return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+
+
 class DepthVLMDPTHead(nn.Module):
     """
     The paper's DPT head: four maps on the token grid -> one positive depth a pixel.
@@ -190,7 +205,7 @@ class DepthVLMDPTHead(nn.Module):
         self.scratch.output_conv2 = nn.Sequential(
             nn.Conv2d(channels // 2, 32, kernel_size=3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 1, kernel_size=1),
+            DepthVLMFloat32Conv(32, 1, kernel_size=1),
         )
 
     def forward(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
@@ -213,10 +228,8 @@ class DepthVLMDPTHead(nn.Module):
         fused = scratch.refinenet1(fused, pyramid[0], [2 * side for side in pyramid[0].shape[-2:]])
         fused = resize(scratch.output_conv1(fused), [side * self.pixels_per_token for side in grid])
         fused = F.relu(scratch.output_conv2[0](fused))
-        last = scratch.output_conv2[2]
         with float32(fused):
-            logits = F.conv2d(fused.float(), last.weight.float(), last.bias.float())
-            return F.softplus(logits).squeeze(1)
+            return F.softplus(scratch.output_conv2[2](fused)).squeeze(1)
 
 
 class DepthVLMMLPHead(nn.Module):
@@ -229,15 +242,18 @@ class DepthVLMMLPHead(nn.Module):
         self.pixels_per_token = pixels_per_token(config)
         self.norm = nn.LayerNorm(in_features, eps=1e-5)
         self.fc1 = nn.Linear(in_features, 1024)
-        self.fc2 = nn.Linear(1024, self.pixels_per_token**2)
+        self.fc2 = DepthVLMFloat32Linear(1024, self.pixels_per_token**2)
 
     def forward(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         """As `DepthVLMDPTHead.forward`; the single-scale head reads the fourth feature alone."""
         tokens = torch.cat(list(features), dim=-1) if self.multiscale else features[-1]
         hidden_states = F.gelu(self.fc1(self.norm(tokens)))
         with float32(hidden_states):
-            logits = F.linear(hidden_states.float(), self.fc2.weight.float(), self.fc2.bias.float())
-            blocks = F.softplus(logits).unflatten(-1, (self.pixels_per_token,) * 2).unflatten(0, (-1, *grid))
+            blocks = (
+                F.softplus(self.fc2(hidden_states))
+                .unflatten(-1, (self.pixels_per_token,) * 2)
+                .unflatten(0, (-1, *grid))
+            )
             return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
@@ -273,6 +289,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
     _no_split_modules = [*Qwen3VLForConditionalGeneration._no_split_modules, "DepthVLMDPTHead", "DepthVLMMLPHead"]
 
     def __init__(self, config: DepthVLMConfig):
+        config.validate_architecture()  # again: from_pretrained sets the fields it was given after construction
         # not the parent's __init__: it would build the backbone a first time, and finish before there is a head
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = DepthVLMModel(config)
@@ -338,6 +355,11 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         ```
         """
         check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth)
+        if output_depth and input_ids is None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
+            raise ValueError(
+                "mm_encoder_outputs['image'] came without input_ids, which say where the image's tokens are; pass "
+                "input_ids too, or output_depth=False"
+            )
         seen = SimpleNamespace() if output_depth else None  # not a dict: accelerate's hooks would fill a copy
         needs_states = output_depth and self.config.depth_feature_source == "llm"
         outputs = super().forward(
@@ -354,7 +376,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             mm_token_type_ids=mm_token_type_ids,
             logits_to_keep=logits_to_keep,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_hidden_states=output_hidden_states or needs_states or None,
+            output_hidden_states=needs_states or output_hidden_states,
             return_dict=True,
             seen=seen,
             **kwargs,
@@ -364,7 +386,9 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             logits=outputs.logits,
             predicted_depth=self.predict_depth(seen) if output_depth else None,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states if output_hidden_states or not needs_states else None,
+            hidden_states=select_states(outputs.hidden_states, output_hidden_states)
+            if needs_states
+            else outputs.hidden_states,
             attentions=outputs.attentions,
             cameras=cameras,
         )
@@ -407,7 +431,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         head = next(self.depth_head.parameters())
         depth = [None] * len(grids)
         for grid, members in groups.items():
-            features = [torch.cat([level[index] for index in members]).to(head.device, head.dtype) for level in maps]
+            features = [torch.cat([level[index] for index in members]).to(head.dtype) for level in maps]
             for index, prediction in zip(members, self.depth_head(features, grid), strict=True):
                 depth[index] = prediction
         return tuple(depth)
@@ -436,12 +460,12 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             raise ValueError(
                 "prefill_chunk_size cuts images into pieces without depth; leave it out or pass output_depth=False"
             )
-        self._depth_of_generate = {} if output_depth else None
+        before, self._depth_of_generate = self._depth_of_generate, {} if output_depth else None
         try:
             outputs = super().generate(inputs, generation_config, **kwargs)
             depth = self._depth_of_generate.get("predicted_depth", ()) if output_depth else None
         finally:
-            self._depth_of_generate = None
+            self._depth_of_generate = before  # not None where a model assists itself
         if not output_depth:
             return outputs
         is_beam = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
@@ -472,6 +496,16 @@ def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         labelled = label > 0
         difference = prediction[labelled].float().log() - label[labelled].float().log()
         return torch.sqrt(difference.square().mean() - 0.5 * difference.mean().square() + 1e-8)
+
+
+def select_states(states, asked: bool | int | list[int] | None):
+    """Of all hidden states what `output_hidden_states` asked for; a list keeps its places, the others being None."""
+    if not asked:
+        return None
+    if asked is True:
+        return states
+    places = [place % len(states) for place in ([asked] if isinstance(asked, int) else asked)]
+    return tuple(state if place in places else None for place, state in enumerate(states))
 
 
 def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth):
