@@ -6,17 +6,22 @@ f_c sees a scene, processed at focal length f_p, at depth * f_c / f_p; so metres
 training label is metres * f_c / f_p (paper, section 3.3, and metric compensation).
 """
 
+import base64
+import binascii
+import io
 import math
+import numbers
+import os
 from collections.abc import Sequence
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import BatchFeature, Pipeline, Qwen3VLProcessor
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 DEPTH_PROMPT = (
@@ -29,7 +34,7 @@ DEPTH_RESPONSE = "OK, I will estimate the depth map of this image."
 FIELD_OF_VIEW = (1.0, 160.0)
 MAX_ASPECT_RATIO = 30
 FULL_FRAME_DIAGONAL = math.hypot(36, 24)  # mm, of the film that "35 mm equivalent" refers to
-EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH = 0x8769, 37386, 41989, 40962
+EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 37386, 41989, 40962, 40963
 EXIF_FOCAL_PLANE_X_RESOLUTION, EXIF_FOCAL_PLANE_UNIT = 41486, 41488
 MILLIMETRES = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # a focal plane resolution unit -> mm
 
@@ -47,7 +52,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
     def __init__(
         self, image_processor=None, tokenizer=None, chat_template=None, canonical_focal_length=1000.0, default_fov=60.0
     ):
-        if not canonical_focal_length > 0:
+        if not 0 < canonical_focal_length < math.inf:
             raise ValueError(f"canonical_focal_length is {canonical_focal_length}; it must be a positive number of px")
         if not FIELD_OF_VIEW[0] < default_fov < FIELD_OF_VIEW[1]:
             raise ValueError(f"default_fov is {default_fov}; it must lie between {FIELD_OF_VIEW} degrees")
@@ -95,12 +100,19 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             if text is not None:
                 self._check_placeholders(text, 0)
             return super().__call__(text=text, **kwargs)
-        opened = [open_photo(image, name) for image, name in flatten(images, "images")]
+        if ignored := {"do_resize", "size", "min_pixels", "resample"} & {*kwargs, *kwargs.get("images_kwargs", {})}:
+            raise ValueError(
+                f"{', '.join(sorted(ignored))} cannot be set: the focal length says the size; use max_pixels"
+            )
+        named = flatten(images, "images")
+        if not named:
+            raise ValueError("images is an empty list; pass at least one photo, or None")
+        opened = [open_photo(image, name) for image, name in named]
         photos = [photo for photo, _ in opened]
         if text is None:
             text = [self.depth_text()] * len(photos)
             kwargs.setdefault("padding", True)
-        self._check_placeholders(text, len(photos))
+        self._check_placeholders(text, len(photos), images)
         given = per_image(focal_lengths, len(photos), "focal_lengths")
         cameras = [
             self._camera(photo.size, focal_length, from_exif, max_pixels, index)
@@ -113,7 +125,8 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         batch = super().__call__(images=resized, text=text, **{**kwargs, "do_resize": False})
         batch["cameras"] = cameras
         if depth_maps is not None:
-            maps = [depth_maps] if getattr(depth_maps, "ndim", None) == 2 else list(depth_maps)
+            several = isinstance(depth_maps, (list, tuple)) or getattr(depth_maps, "ndim", None) == 3
+            maps = list(depth_maps) if several else [depth_maps]
             maps = per_image(maps, len(photos), "depth_maps")
             batch["depth_labels"] = [
                 depth_label(depth, camera, f"depth_maps[{index}]")
@@ -153,6 +166,9 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             raise ValueError(
                 f"got {len(target_sizes)} target_sizes for {len(depths)} depth maps; pass one a photo, or None"
             )
+        for size in target_sizes:
+            if np.shape(size) != (2,) or min(size) < 1:
+                raise ValueError(f"target_sizes holds {size}; pass (height, width) in px, one a photo")
         results = []
         for depth, camera, size in zip(depths, cameras or (), target_sizes, strict=True):
             metres = depth[None, None].float() * camera["metric_scale"]
@@ -210,13 +226,15 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         """`(height, width)` of the photo at `zoom`, in whole tokens and within the budget."""
         token = self.image_processor.patch_size * self.image_processor.merge_size
         budget = self.image_processor.size["longest_edge"] if max_pixels is None else max_pixels
-        floor = min(self.image_processor.size["shortest_edge"], budget)  # both are pixel counts, whatever their names
-        if budget < token * token:
+        if not (isinstance(budget, numbers.Real) and budget >= token * token):
             raise ValueError(
                 f"max_pixels is {max_pixels}; it must be at least one token's {token}x{token} = {token**2}"
             )
+        floor = min(self.image_processor.size["shortest_edge"], budget)  # both are pixel counts, whatever their names
         zoom = max(zoom, math.sqrt(floor / (height * width)))
         sides = [max(1, round(side * zoom / token)) for side in (height, width)]
+        if sides[0] * sides[1] * token * token < floor:
+            sides = [math.ceil(side * zoom / token) for side in (height, width)]
         if sides[0] * sides[1] * token * token > budget:
             zoom = math.sqrt(budget / (height * width))
             sides = [max(1, math.floor(side * zoom / token)) for side in (height, width)]
@@ -225,34 +243,37 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             sides[longer] = min(sides[longer], budget // (token * token * sides[1 - longer]))
         return sides[0] * token, sides[1] * token
 
-    def _check_placeholders(self, text, num_images):
+    def _check_placeholders(self, text, num_images, images=None):
         rows = [text] if isinstance(text, str) else text
-        found = sum(row.count(self.image_token) for row in rows)
-        if found != num_images:
+        found = [row.count(self.image_token) for row in rows]
+        if sum(found) != num_images:
             raise ValueError(
-                f"text has {found} {self.image_token} placeholders for {num_images} images; write one an image"
+                f"text has {sum(found)} {self.image_token} placeholders for {num_images} images; write one an image"
             )
+        if isinstance(images, (list, tuple)) and len(images) == len(rows):
+            given = [len(flatten(row, "images")) for row in images]
+            # a flat list says nothing of rows; a nested one does
+            if any(isinstance(row, (list, tuple)) for row in images) and given != found:
+                raise ValueError(
+                    f"text has {found} {self.image_token} placeholders a row for {given} images a row; nest them alike"
+                )
 
 
 def flatten(images, name):
     """(image, its name in messages) of a photo or a nested list of photos."""
     if isinstance(images, (list, tuple)):
-        pairs = [pair for index, image in enumerate(images) for pair in flatten(image, f"{name}[{index}]")]
-        if not pairs:
-            raise ValueError(f"{name} is an empty list; pass at least one photo, or None")
-        return pairs
+        return [pair for index, image in enumerate(images) for pair in flatten(image, f"{name}[{index}]")]
     return [(images, name)]
 
 
 def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
     """A photo in any accepted form -> upright RGB image and its EXIF focal length in px (None without)."""
+    source = image
     try:
         if isinstance(image, (str, Path)):
-            image = Image.open(image) if Path(image).is_file() else load_image(str(image))
+            image = Image.open(image_file(image))
         elif isinstance(image, (np.ndarray, torch.Tensor)):
-            if 0 in image.shape or image.ndim not in (2, 3):
-                raise ValueError(f"an array of shape {tuple(image.shape)} is no image")
-            image = Image.fromarray(image) if image.ndim == 2 else to_pil_image(image)
+            image = from_array(image)
         if not isinstance(image, Image.Image):
             raise TypeError(f"{name} is a {type(image).__name__}; pass a PIL image, a path, a URL or an array")
         if 0 in image.size:
@@ -260,10 +281,46 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         image.load()
         focal_length = exif_focal_length(image)
         return to_rgb(ImageOps.exif_transpose(image)), focal_length
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        shown = f" ({str(image)[:200]!r})" if isinstance(image, (str, Path)) else ""
+    # RuntimeError is what AVIF's decoder raises
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError, HTTPException) as error:
+        shown = f" ({str(source)[:200]!r})" if isinstance(source, (str, Path)) else ""
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo") from error
+
+
+def image_file(source: str | Path):
+    """What a path, a URL or base64 text points to, for `Image.open`: whole, unlike `load_image`'s 8-bit RGB."""
+    if os.path.isfile(source):
+        return source
+    source = str(source)
+    if source.startswith(("http://", "https://")):
+        with urlopen(Request(source, headers={"User-Agent": "depthvlm"}), timeout=60) as response:
+            return io.BytesIO(response.read())
+    try:
+        return io.BytesIO(base64.b64decode("".join(source.split(",")[-1].split()), validate=True))
+    except binascii.Error:
+        raise FileNotFoundError("no such file") from None
+
+
+def from_array(array) -> Image.Image:
+    """`(H, W)`, `(H, W, C)` or `(C, H, W)` of 1, 3 or 4 channels: 8 bits, floats from 0 to 1, or 16 bits in gray."""
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    shape = array.shape
+    if array.ndim == 3 and shape[-1] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if 0 in shape or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
+        raise ValueError(f"an array of shape {shape} has no rows, columns and 1, 3 or 4 channels")
+    array = array[..., 0] if array.shape[2:] == (1,) else array
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"an array of {array.dtype} holds no grays")
+    if array.dtype == np.uint8 or (array.dtype == np.uint16 and array.ndim == 2):
+        return Image.fromarray(array)
+    top = 1 if array.dtype.kind in "bf" else 255
+    if not (0 <= array.min() and array.max() <= top):  # false for NaN too
+        raise ValueError(f"an array of {array.dtype} must hold values from 0 to {top}")
+    return Image.fromarray((array * (255 / top) + 0.5).astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -271,6 +328,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         if image.mode == "F" and not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
             raise ValueError("a float image must hold values from 0 to 1")
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("an integer image must hold values from 0 to 65535")
         top = 1 if image.mode == "F" else 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
         image = Image.fromarray(np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -287,7 +346,10 @@ def exif_focal_length(image: Image.Image) -> float | None:
             return plausible(equivalent / FULL_FRAME_DIAGONAL * math.hypot(*image.size), max(image.size))
         unit = MILLIMETRES[int(tags.get(EXIF_FOCAL_PLANE_UNIT, 2))]
         focal_length = float(tags[EXIF_FOCAL_LENGTH]) * float(tags[EXIF_FOCAL_PLANE_X_RESOLUTION]) / unit
-        return plausible(focal_length * image.size[0] / float(tags.get(EXIF_WIDTH) or image.size[0]), max(image.size))
+        width, height = (float(tags.get(tag) or 0) for tag in (EXIF_WIDTH, EXIF_HEIGHT))
+        if width and height:  # by the longer sides: the picture may have been turned since
+            return plausible(focal_length * max(image.size) / max(width, height), max(image.size))
+        return plausible(focal_length * image.size[0] / (width or image.size[0]), max(image.size))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, SyntaxError, OSError):
         return None  # absent, or broken by some editor: the caller says that it assumed
 
@@ -299,8 +361,10 @@ def plausible(focal_length: float, longer_side: int) -> float | None:
 
 def check_focal_length(focal_length, longer_side: int, name: str) -> float:
     try:
+        if isinstance(focal_length, str):
+            raise TypeError("text")
         focal_length = float(focal_length)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} is {focal_length!r}; pass a number of px at the photo's own size, or None") from error
     if not (math.isfinite(focal_length) and focal_length > 0):
         raise ValueError(f"{name} is {focal_length}; it must be a positive number of px at the photo's own size")
@@ -324,7 +388,7 @@ def view_of_focal(focal_length: float, side: int) -> float:
 
 def per_image(values, num_images: int, name: str) -> list:
     """One value an image, from one for all, a list, an array or None."""
-    if values is None or isinstance(values, (int, float)) or getattr(values, "ndim", None) == 0:
+    if values is None or isinstance(values, (int, float, str)) or getattr(values, "ndim", None) == 0:
         return [values] * num_images
     values = list(flatten_values(values))
     if len(values) != num_images:
@@ -342,7 +406,13 @@ def depth_label(depth, camera: dict, name: str) -> torch.Tensor:
     height, width = camera["processed_size"]
     if depth is None:
         return torch.zeros(height, width)
-    depth = torch.as_tensor(np.asarray(depth, dtype=np.float32))
+    try:
+        if isinstance(depth, torch.Tensor):
+            depth = depth.detach().cpu().float()
+        else:
+            depth = torch.from_numpy(np.array(depth, dtype=np.float32))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {str(depth)[:200]!r}; pass a (height, width) array of metres, or None") from error
     if depth.ndim != 2 or 0 in depth.shape:
         raise ValueError(f"{name} has shape {tuple(depth.shape)}; pass one (height, width) map in metres")
     ratio = depth.shape[1] / depth.shape[0] * camera["size"][0] / camera["size"][1]
@@ -373,7 +443,9 @@ class DepthVLMPipeline(Pipeline):
     def _sanitize_parameters(self, focal_length=None, max_pixels=None, **kwargs):
         if kwargs:
             raise TypeError(f"unknown argument {', '.join(kwargs)}; the pipeline takes focal_length and max_pixels")
-        return {"focal_length": focal_length, "max_pixels": max_pixels}, {}, {}
+        given = {"focal_length": focal_length, "max_pixels": max_pixels}
+        # only what is given: a call's None must not undo what the pipeline was made with
+        return {name: value for name, value in given.items() if value is not None}, {}, {}
 
     def preprocess(self, photo, focal_length=None, max_pixels=None):
         return self.processor(images=[photo], focal_lengths=focal_length, max_pixels=max_pixels, return_tensors="pt")

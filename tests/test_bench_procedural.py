@@ -1,0 +1,382 @@
+"""The procedural source: depth against formulas of its own, the picture against the depth, the answers against both."""
+
+import hashlib
+import pickle
+import re
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from bench import render as caster
+from bench.scenes import COLORS, Draw, Scene, tilt, unit
+from bench.source import Frame
+from bench.sources import get
+from bench.sources.procedural import CLEAR, COUNTS, KEYS, SEEN, SIZES, Procedural, aim, begin, picture, render
+
+GREY, FLAT = (0.5, 0.5, 0.5), (1.0, 0.0)
+SMALL = (160, 120)
+NOUNS = {"boxes": "box", "people": "person", "shelves": "shelf"}
+
+
+def camera(position=(0.0, 0.0, 1.5), yaw=FLAT, pitch=FLAT, roll=FLAT, size=(120, 90), focal=80.0, cx=61.0, cy=43.5):
+    return caster.look(position, yaw, pitch, roll, size, focal, cx, cy)
+
+
+def grid(cam):
+    """Camera x / z and y / z of every pixel, by the pinhole formula."""
+    u, v = np.meshgrid(np.arange(cam.width), np.arange(cam.height))
+    fx, fy, cx, cy = cam.intrinsics
+    return (u - cx) / fx, (v - cy) / fy
+
+
+# Depth by independent formulas
+
+
+def test_floor_depth_follows_from_camera_height_and_pitch():
+    pitch = tilt(-0.13)
+    cam = camera(pitch=pitch)
+    depth, part, _ = caster.trace(cam, [caster.Part("ground", (0, 0, -1.0), (9, 9, 1.0), GREY)])
+    _, y = grid(cam)
+    below = y * pitch[0] - pitch[1] > 1e-6
+    assert (part >= 0).tolist() == below.tolist()
+    np.testing.assert_allclose(depth[below], 1.5 / (y * pitch[0] - pitch[1])[below], rtol=1e-12)
+    assert np.isinf(depth[~below]).all()
+
+
+def test_box_face_seen_straight_on_has_one_depth():
+    cam = camera()
+    depth, part, covered = caster.trace(cam, [caster.Part("box", (0, 5.0, 1.5), (1.0, 0.5, 0.7), GREY)])
+    np.testing.assert_allclose(depth[part == 0], 4.5, rtol=1e-12)
+    # Its outline is where the front corners project: fx X / Z + cx and fy Y / Z + cy.
+    rows, columns = np.nonzero(part == 0)
+    assert (columns.min(), columns.max()) == (np.ceil(61 - 80 / 4.5), np.floor(61 + 80 / 4.5))
+    assert (rows.min(), rows.max()) == (np.ceil(43.5 - 56 / 4.5), np.floor(43.5 + 56 / 4.5))
+    assert covered[0] == (part == 0).sum()
+
+
+def test_box_face_seen_by_a_turned_camera_is_a_slanted_plane():
+    yaw = unit(5.0, 2.0)
+    cam = camera(yaw=yaw)
+    depth, part, _ = caster.trace(cam, [caster.Part("box", (0, 6.0, 1.5), (30.0, 1.0, 30.0), GREY)])
+    x, _ = grid(cam)
+    assert (part == 0).all()
+    np.testing.assert_allclose(depth, 5.0 / (yaw[0] - x * yaw[1]), rtol=1e-12)
+
+
+def test_roll_moves_the_horizon_clockwise():
+    roll = tilt(0.1)
+    cam = camera(roll=roll)
+    _, part, _ = caster.trace(cam, [caster.Part("ground", (0, 0, -1.0), (9, 9, 1.0), GREY)])
+    x, y = grid(cam)  # a camera turned clockwise sees the ground rise on its right
+    assert (part >= 0).tolist() == (y * roll[0] + x * roll[1] > 0).tolist()
+
+
+@pytest.mark.parametrize("shape", ["ellipsoid", "cylinder"])
+def test_round_solids_against_a_quadratic_in_the_camera_frame(shape):
+    cam, radius = camera(), 0.6
+    half = (radius, radius, 0.5 if shape == "cylinder" else radius)
+    depth, part, _ = caster.trace(cam, [caster.Part(shape, (0.4, 4.0, 1.7), half, GREY)])
+    x, y = grid(cam)
+    center = np.array([0.4, -0.2, 4.0])  # camera frame
+    seen = 0
+    for v, u in zip(*np.nonzero(part == 0), strict=True):
+        d = np.array([x[v, u], y[v, u], 1.0])
+        keep = [0, 2] if shape == "cylinder" else [0, 1, 2]
+        d, c = d[keep], center[keep]
+        roots = np.roots([(d**2).sum(), -2 * (d * c).sum(), (c**2).sum() - radius**2])
+        assert depth[v, u] == pytest.approx(roots.real.min(), abs=1e-6)
+        seen += 1
+    assert seen > 200
+
+
+def test_a_post_does_not_reach_past_its_ends():
+    cam = camera()
+    depth, part, _ = caster.trace(cam, [caster.Part("cylinder", (0, 4.0, 1.5), (0.2, 0.2, 0.5), GREY)])
+    rows = np.nonzero(part == 0)[0]
+    assert rows.min() == np.ceil(43.5 - 80 * 0.5 / 3.8) and rows.max() == np.floor(43.5 + 80 * 0.5 / 3.8)
+
+
+def test_a_tapered_box_has_the_slope_of_a_roof():
+    cam = camera(position=(0.0, 0.0, 1.0))
+    roof = caster.Part("box", (0, 6.0, 2.0), (3.0, 2.0, 1.0), GREY, taper=(0.0, 0.75))
+    depth, part, _ = caster.trace(cam, [roof])
+    x, y = grid(cam)
+    z = depth[part == 0]
+    world_y, world_z = z, 1.0 - y[part == 0] * z
+    # The front slope rises from (y, z) = (4, 1) to (5.5, 3): y - 4 = 0.75 (z - 1).
+    np.testing.assert_allclose(world_y - 4.0, 0.75 * (world_z - 1.0), atol=1e-9)
+    assert world_z.max() <= 3.0 + 1e-9 and world_z.max() > 2.9
+
+
+def test_a_turned_box_turns_its_own_x_to_the_left_by_a_positive_sine():
+    turn = unit(4.0, 3.0)
+    part = caster.Part("box", (1.0, 5.0, 1.5), (1.0, 0.4, 0.5), GREY, turn)
+    cam = camera()
+    depth, index, _ = caster.trace(cam, [part])
+    x, y = grid(cam)
+    z = depth[index == 0]
+    dx, dy, dz = x[index == 0] * z - 1.0, z - 5.0, -y[index == 0] * z
+    own = np.stack(
+        [np.abs(dx * turn[0] + dy * turn[1]) / 1.0, np.abs(dy * turn[0] - dx * turn[1]) / 0.4, abs(dz) / 0.5]
+    )
+    np.testing.assert_allclose(own.max(0), 1.0, atol=1e-9)
+
+
+def test_the_nearer_solid_hides_the_other_in_either_order():
+    near, far = (caster.Part("box", (0, y, 1.5), (1, 0.5, 1), GREY) for y in (3.0, 6.0))
+    for parts in ((near, far), (far, near)):
+        depth, index, covered = caster.trace(camera(), list(parts))
+        assert depth.min() == depth[44, 61] == pytest.approx(2.5)
+        assert index[44, 61] == parts.index(near)
+        assert covered[parts.index(far)] > (index == parts.index(far)).sum()
+
+
+def test_solids_that_reach_behind_the_camera_are_cut_not_lost():
+    wall = caster.Part("box", (2.0, 0.0, 1.5), (0.5, 40.0, 3.0), GREY)
+    depth, part, _ = caster.trace(camera(), [wall])
+    x, _ = grid(camera())
+    right = x[44] > 1.5 / 39
+    np.testing.assert_allclose(depth[44][right], 1.5 / x[44][right], rtol=1e-12)
+
+
+# Whole frames
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [picture("test", i, SMALL) for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def train_pictures():
+    return [picture("train", i, SMALL) for i in range(40)]
+
+
+def back_project(sample, cam):
+    """World x, y, z of every pixel, from its depth and the intrinsics."""
+    h, w = sample.depth.shape
+    fx, fy, cx, cy = sample.intrinsics
+    u, v = np.meshgrid(np.arange(w), np.arange(h))
+    in_camera = np.stack([(u - cx) / fx * sample.depth, (v - cy) / fy * sample.depth, sample.depth])
+    return np.einsum("ij,ihw->jhw", np.array([cam.right, cam.down, cam.forward]), in_camera) + np.reshape(
+        cam.position, (3, 1, 1)
+    )
+
+
+def test_camera_axes_are_a_right_handed_rotation(pictures):
+    for _, _, _, cam in pictures:
+        axes = np.array([cam.right, cam.down, cam.forward])
+        np.testing.assert_allclose(axes @ axes.T, np.eye(3), atol=1e-12)
+        assert np.linalg.det(axes) == pytest.approx(1.0)
+
+
+def test_rooms_back_project_into_their_walls_and_things_onto_what_they_are(pictures):
+    rooms = 0
+    for sample, things, scene, cam in pictures:
+        valid = sample.depth > 0
+        x, y, z = back_project(sample, cam)
+        if scene.walls:
+            hx, hy, height = scene.walls
+            outside = np.maximum(np.abs(x) - hx, np.maximum(np.abs(y) - hy, np.maximum(-z, z - height)))
+            assert outside[valid].max() < 1e-4
+            on_room = (things == 0) & valid & (outside > -0.001)
+            assert on_room.sum() > 0.3 * ((things == 0) & valid).sum()
+            rooms += 1
+        else:
+            assert z[valid].min() > -1e-3
+        for i in range(1, len(scene.things)):
+            own = (things == i) & valid
+            parts = [p for p in scene.parts if p.thing == i]
+            reach = [np.sqrt(sum((q - c) ** 2 for q, c in zip((x, y, z), p.center, strict=True))) for p in parts]
+            bound = [np.sqrt(sum(h * h for h in p.half)) for p in parts]
+            assert (np.min([r - b for r, b in zip(reach, bound, strict=True)], 0)[own] < 1e-4).all()
+    assert 5 < rooms < 19
+
+
+def test_depth_is_float32_metres_within_the_range_and_0_in_the_sky(pictures):
+    lo, hi = Procedural.depth_range
+    skies = 0
+    for sample, things, scene, _ in pictures:
+        assert sample.depth.dtype == np.float32 and sample.image.dtype == np.uint8
+        assert sample.image.shape == (*sample.depth.shape, 3) == (120, 160, 3)
+        valid = sample.depth > 0
+        assert ((sample.depth[valid] >= lo) & (sample.depth[valid] <= hi)).all() and valid.mean() > 0.2
+        skies += scene.sun and bool((~valid[0] & (things[0] == 0)).any())
+    assert skies > 4
+    assert round(hi * Procedural.depth_scale) < 65536
+
+
+def hue(rgb):
+    rgb = np.sqrt(rgb) if np.max(rgb) <= 1 else np.asarray(rgb) / 255
+    chroma = rgb - np.mean(rgb)
+    return chroma / np.linalg.norm(chroma)
+
+
+def test_image_shows_each_thing_where_the_depth_has_it(pictures, train_pictures):
+    names = ["red", "orange", "yellow", "green", "blue", "purple"]
+    palette = np.array([hue(COLORS[n]) for n in names])
+    right = checked = 0
+    for sample, things, scene, _ in pictures + train_pictures:
+        for k, thing in enumerate(scene.things):
+            own = things == k
+            if thing.kind in ("ball", "box") and thing.color in names and own.sum() > 150:
+                checked += 1
+                pixel = np.median(sample.image[own], axis=0)
+                right += names[np.argmax(palette @ hue(pixel + [0, 0, 1e-3]))] == thing.color
+                # Moved aside by half its width, the same mask shows other things.
+                width = np.ptp(np.nonzero(own)[1]) + 1
+                assert (things[np.roll(own, width // 2 + 1, axis=1)] != k).any()
+    assert checked > 20 and right >= 0.95 * checked
+
+
+def test_edges_of_the_image_lie_on_edges_of_the_depth(pictures):
+    for sample, things, _, _ in pictures[:8]:
+        gradient = np.abs(np.diff(sample.image.astype(int), axis=1)).sum(2)
+        border = things[:, 1:] != things[:, :-1]
+        if border.sum() > 100:
+            assert gradient[border].mean() > 1.5 * gradient[~border].mean()
+
+
+def test_focal_lengths_vary_widely_and_name_the_lens():
+    fields = {}
+    for i in range(200):
+        draw, kind, lens = begin("train", i)
+        cam = aim(Scene(()), kind, lens, (320, 240), [draw.uniform() for _ in range(5)])
+        fields.setdefault(lens, []).append(np.degrees(2 * np.arctan(160 / cam.focal)))
+        assert abs(cam.cx - 159.5) <= 9.6 and abs(cam.cy - 119.5) <= 7.2
+    assert min(fields["wide"]) > 69.9 > max(fields["normal"]) and min(fields["normal"]) > 49.9 > max(fields["tele"])
+    assert 95 < max(fields["wide"]) < 101 and 34 < min(fields["tele"]) < 37
+
+
+def test_portrait_is_no_wider_than_the_widest_lens():
+    cam = aim(Scene(()), "room", "wide", (240, 320), [0.0] * 5)
+    assert cam.focal == pytest.approx(0.42 * 320)
+
+
+def test_sizes_vary_and_size_replaces_them():
+    shapes = {render("train", i).depth.shape[::-1] for i in range(5)}
+    assert len(shapes) >= 2 and shapes <= set(SIZES)
+    assert render("train", 3, (96, 64)).depth.shape == (64, 96)
+
+
+# Questions
+
+
+def test_answers_agree_with_depth_and_things(pictures, train_pictures):
+    asked = {"distance": 0, "nearer": 0, "count": 0, "left": 0}
+    for sample, things, scene, _ in pictures + train_pictures:
+        assert 3 <= len(sample.qa) <= 6 and len(set(sample.qa)) == len(sample.qa)
+        pixels = np.bincount(things.ravel(), minlength=len(scene.things))
+        seen = [i for i in range(1, len(scene.things)) if pixels[i] > SEEN * things.size]
+        names = {i: scene.things[i].name for i in seen}
+
+        def find(name, names=names, pixels=pixels, size=things.size):
+            found = [i for i in names if names[i] == name]
+            assert len(found) == 1, f"{name} fits {len(found)} things"
+            assert pixels[found[0]] >= CLEAR * size
+            return found[0]
+
+        def depth_of(i, sample=sample, things=things):
+            return np.percentile(sample.depth[things == i], 50, method="lower")
+
+        for kind, question, answer in sample.qa:
+            asked[kind] += 1
+            if kind == "distance":
+                (name,) = re.fullmatch(r"How far is (.+) from the camera, in meters\?", question).groups()
+                if name == "the middle of the picture":
+                    u, v = (things.shape[1] - 1) // 2, (things.shape[0] - 1) // 2
+                    assert float(answer) == pytest.approx(sample.depth[v, u], rel=0.11)
+                else:
+                    assert answer == f"{depth_of(find(name)):.1f}"
+            elif kind == "nearer":
+                pair = re.fullmatch(r"Which is nearer, (.+) or (.+)\?", question).groups()
+                depths = {name: depth_of(find(name)) for name in pair}
+                assert answer == min(depths, key=depths.get) and max(depths.values()) >= 1.15 * min(depths.values())
+            elif kind == "count":
+                (noun,) = re.fullmatch(r"How many (\w+) are there\?", question).groups()
+                same = [i for i in seen if scene.things[i].kind == NOUNS.get(noun, noun[:-1])]
+                assert answer == str(len(same)) and all(pixels[i] >= CLEAR * things.size for i in same)
+            else:
+                noun, name = re.fullmatch(r"Which color is the (\w+) left of (.+)\?", question).groups()
+                reference = find(name)
+                left_edge = np.nonzero(things == reference)[1].min()
+                left = [
+                    i
+                    for i in seen
+                    if scene.things[i].kind == noun and i != reference and np.nonzero(things == i)[1].min() < left_edge
+                ]
+                assert [scene.things[i].color for i in left] == [answer]
+                assert np.nonzero(things == left[0])[1].max() < left_edge
+    assert min(asked.values()) > 15, asked
+
+
+# The same frame everywhere, and never one frame twice
+
+GOLDEN = {
+    ("train", 7): "f46b992f7f2ff7cb92d2bf282c77943fc46873b564eed549f2949a975c7eaf85",
+    ("test", 2): "826a7c4c067007e195b13e706730c5de3d8a797e0af9a7d1d170c80e6ef78acd",
+}
+
+
+@pytest.mark.parametrize("split, index", GOLDEN)
+def test_golden_frames(split, index):
+    sample = render(split, index)
+    digest = hashlib.sha256(sample.image.tobytes())
+    digest.update(np.round(sample.depth.astype(np.float64) * 1000).astype("<u4").tobytes())
+    digest.update(repr((sample.image.shape, sample.intrinsics, sample.qa)).encode())
+    assert digest.hexdigest() == GOLDEN[split, index]
+
+
+def test_random_words_are_those_of_philox():
+    draw = Draw(1, 0)
+    assert [draw.word(), draw.word()] == [15003734204198539638, 13859618513508960101]
+
+
+def test_a_frame_does_not_depend_on_what_was_drawn_before():
+    first = render("train", 5, SMALL)
+    render("test", 5, SMALL)
+    again = render("train", 5, SMALL)
+    assert (first.image == again.image).all() and (first.depth == again.depth).all() and first.qa == again.qa
+
+
+def test_splits_share_no_frame():
+    keys = [(split, i) for split in COUNTS for i in range(1000)]
+    starts = [Draw(KEYS[split], i).word() for split, i in keys]
+    assert len(set(starts)) == len(keys)
+    assert not np.array_equal(render("train", 9, SMALL).image, render("test", 9, SMALL).image)
+
+
+# The source
+
+
+def test_source_lists_without_drawing_and_loads_what_render_draws():
+    source = get("procedural")()
+    frames = list(islice(source.frames("train"), 50))
+    assert frames[12] == Frame("train/000000012", frames[12].scene, frames[12].camera, ("train", 12))
+    assert [f.id for f in frames] == sorted({f.id for f in frames})
+    assert {f.scene.split("-")[0] for f in frames} == {"room", "street"}
+    assert {f.camera for f in frames} == {"wide", "normal", "tele"}
+    for frame in frames[:3]:
+        scene = picture(*frame.data, (16, 12))[2]
+        assert frame.scene.startswith("street" if scene.sun else "room")
+    small = Procedural(None, size=SMALL)
+    frame = pickle.loads(pickle.dumps(frames[4]))
+    assert (small.load(frame).image == render("train", 4, SMALL).image).all()
+
+
+def test_every_split_ends():
+    source = Procedural()
+    assert sum(1 for _ in source.frames("test")) == COUNTS["test"] == 1000
+    assert list(source.splits) == ["train", "test"]
+
+
+def test_unknown_split_frame_and_size_are_refused():
+    with pytest.raises(ValueError, match="no split 'val'"):
+        render("val", 0)
+    with pytest.raises(ValueError, match="no split 'val'"):
+        next(Procedural().frames("val"))
+    with pytest.raises(ValueError, match="no frame 1000"):
+        render("test", 1000)
+    with pytest.raises(ValueError, match="size"):
+        render("test", 0, (0, 120))
