@@ -45,7 +45,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
-CANONICAL_FOCAL_LENGTH = 250.0  # px; a quarter of the paper's, so that a common photo is about 10x8 tokens
+CANONICAL_FOCAL_LENGTH = 200.0  # px; a fifth of the paper's, so that a common photo is about 8x6 tokens
 TOKENIZER_FRAMES = 200  # procedural frames whose questions and answers the tokenizer learns from
 VOCAB_SIZE = 512
 
@@ -79,7 +79,7 @@ def create_tokenizer() -> Qwen2TokenizerFast:
 
 
 def create_model(tokenizer) -> DepthVLMForConditionalGeneration:
-    """4.6 million parameters: six vision layers, four LLM layers, the paper's head with fewer channels."""
+    """4.7 million parameters: six vision layers, four LLM layers, the paper's head with fewer channels."""
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     config = DepthVLMConfig(
         vision_config={
@@ -118,7 +118,7 @@ def create_model(tokenizer) -> DepthVLMForConditionalGeneration:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
         depth_head_widths=[32, 48, 64, 96],
-        depth_head_channels=48,
+        depth_head_channels=32,
         canonical_focal_length=CANONICAL_FOCAL_LENGTH,
     )
     model = DepthVLMForConditionalGeneration(config)
