@@ -1,0 +1,333 @@
+"""What depth costs: `python -m bench.efficiency [--layers N] [--grid 29 39] [--output FILE.json]`.
+
+One model of Qwen3-VL-4B's sizes with random weights, one image, one process. Every ratio is between two contestants of
+the same run that took turns, so that drift of the machine hits both; it is the median over the rounds.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.initialization import no_init_weights
+
+import local_package  # noqa: F401
+from depthvlm.configuration_depthvlm import DepthVLMConfig
+from depthvlm.modeling_depthvlm import DepthVLMDPTHead, DepthVLMForConditionalGeneration
+
+TEXT_TOKENS = 64  # of the prompt, beside the image's: about the depth prompt with its system message
+ALTERNATIVE = {  # contestant -> what its ratio is against
+    "forward with depth": "plain prefill",
+    "head": "straightforward head",
+    "generate with depth": "forward + generate",
+}
+
+
+def config_4b(layers: int = 36) -> DepthVLMConfig:
+    """DepthVLM on Qwen3-VL-4B-Instruct's sizes, with the first `layers` decoder layers."""
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope}
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    vision |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
+    return DepthVLMConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+def random_model(config: DepthVLMConfig, dtype: torch.dtype, device: str) -> DepthVLMForConditionalGeneration:
+    """A model with quickly made random weights, in `dtype` from the start: there is never a float32 copy."""
+    with no_init_weights(), torch.device(device):
+        model = DepthVLMForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    # a prime length, so that no two rows of a matrix are equal
+    block = torch.randn(1000003, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases
+                parameter.fill_(float(name.endswith("weight")))
+                continue
+            scale = (2 / parameter[0].numel()) ** 0.5  # He's: neither vanishes nor overflows
+            for part in parameter.view(-1).split(len(block)):
+                torch.mul(block[: len(part)], scale, out=part)
+    return model.eval()
+
+
+def plain_qwen3_vl(model: DepthVLMForConditionalGeneration) -> Qwen3VLForConditionalGeneration:
+    """transformers' own Qwen3-VL around the very modules of `model`: memory holds one copy of the weights."""
+    fields = ("text_config", "vision_config", "image_token_id", "video_token_id", "vision_start_token_id")
+    config = Qwen3VLConfig(**{field: getattr(model.config, field) for field in (*fields, "vision_end_token_id")})
+    with torch.device("meta"):
+        plain = Qwen3VLForConditionalGeneration._from_config(config, dtype=model.dtype, attn_implementation="sdpa")
+    plain.model.visual, plain.model.language_model = model.model.visual, model.model.language_model
+    plain.lm_head = model.lm_head
+    return plain.eval()
+
+
+def random_inputs(config: DepthVLMConfig, grid: tuple[int, int], dtype: torch.dtype, device: str) -> dict:
+    """What a processor makes of one photo of `grid` tokens (rows, columns) and a question."""
+    vision, generator = config.vision_config, torch.Generator().manual_seed(1)
+    image_tokens = [config.image_token_id] * (grid[0] * grid[1])
+    text = torch.randint(0, config.vision_start_token_id, (TEXT_TOKENS,), generator=generator).tolist()
+    before, after = text[: TEXT_TOKENS // 3], text[TEXT_TOKENS // 3 :]
+    input_ids = torch.tensor(
+        [[*before, config.vision_start_token_id, *image_tokens, config.vision_end_token_id, *after]], device=device
+    )
+    rows, columns = (side * vision.spatial_merge_size for side in grid)
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == config.image_token_id).int(),
+        "pixel_values": torch.randn(rows * columns, patch, generator=generator).to(device, dtype),
+        "image_grid_thw": torch.tensor([[1, rows, columns]], device=device),
+    }
+
+
+def straightforward_head(head: DepthVLMDPTHead, features: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    """The paper's head as one writes it down: contiguous maps, 1x1 convolution after resizing, one dtype throughout."""
+    scratch, pyramid = head.scratch, []
+
+    def resize(maps, height, width):
+        return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=True)
+
+    def residual(unit, maps):
+        maps = F.relu(maps)
+        return maps + unit.conv2(F.relu(unit.conv1(maps)))
+
+    for level, tokens in enumerate(features):
+        maps = head.norm(tokens).view(-1, *grid, tokens.shape[-1]).permute(0, 3, 1, 2).contiguous()
+        maps = head.resize_layers[level](head.projects[level](maps))
+        pyramid.append(getattr(scratch, f"layer{level + 1}_rn")(maps))
+    maps = None
+    for level in (3, 2, 1, 0):
+        block, skip = getattr(scratch, f"refinenet{level + 1}"), pyramid[level]
+        maps = skip if maps is None else maps + residual(block.resConfUnit1, skip)
+        height, width = pyramid[level - 1].shape[-2:] if level else (2 * side for side in skip.shape[-2:])
+        maps = block.out_conv(resize(residual(block.resConfUnit2, maps), height, width))
+    maps = resize(scratch.output_conv1(maps), *(side * head.pixels_per_token for side in grid))
+    return F.softplus(scratch.output_conv2(maps)).squeeze(1)
+
+
+def measure(contestants: dict[str, Callable], repeats: int, device: str) -> tuple[dict, dict]:
+    """Seconds of each contestant in each round, and what each returned. They take turns; a first round is a warm-up."""
+
+    def now():
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    seconds, results = {name: [] for name in contestants}, {}
+    for _ in range(repeats + 1):
+        for name, run in contestants.items():
+            start = now()
+            results[name] = run()
+            seconds[name].append(now() - start)
+    return {name: samples[1:] for name, samples in seconds.items()}, results
+
+
+@torch.no_grad()
+def efficiency(
+    config: DepthVLMConfig,
+    grid: tuple[int, int] = (29, 39),
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 5,
+    new_tokens: int = 8,
+    device: str = "cpu",
+) -> dict:
+    """
+    Times prefill, its stages and generation for one image of `grid` tokens (rows, columns).
+
+    Returns `seconds` (all samples by contestant), `ratios` (median over the rounds, against `ALTERNATIVE`),
+    `head_float32_difference` (norm of the two heads' difference in float32, relative to the map's),
+    `same_logits` and `same_answer` (depth left the text as it was, bit for bit) and `machine`.
+    """
+    model, inputs = random_model(config, dtype, device), random_inputs(config, grid, dtype, device)
+    plain, head = plain_qwen3_vl(model), model.depth_head
+    text_inputs = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    images = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    features = [level[0] for level in images.visual_maps]
+    greedy = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+
+    def llm():
+        # plain Qwen3-VL with the image already encoded
+        return plain(**text_inputs, mm_encoder_outputs={"image": images}, logits_to_keep=1)
+
+    def forward_and_generate():
+        model(**inputs, logits_to_keep=1)
+        return plain.generate(**inputs, **greedy)
+
+    contestants = {  # each beside its alternative
+        "plain prefill": lambda: plain(**inputs, logits_to_keep=1),
+        "forward with depth": lambda: model(**inputs, logits_to_keep=1),
+        "vision tower": lambda: model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]),
+        "language model": llm,
+        "straightforward head": lambda: straightforward_head(head, features, grid),
+        "head": lambda: head(features, grid),
+        "forward + generate": forward_and_generate,
+        "generate with depth": lambda: model.generate(**inputs, **greedy, return_dict_in_generate=True),
+    }
+    seconds, results = measure(contestants, repeats, device)
+    head, features = head.float(), [level.float() for level in features]
+    ours, theirs = head(features, grid), straightforward_head(head, features, grid)
+    return {
+        "seconds": seconds,
+        "ratios": {
+            name: statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+            for name, other in ALTERNATIVE.items()
+        },
+        "head_float32_difference": (torch.dist(ours, theirs) / theirs.norm()).item(),
+        "same_logits": torch.equal(results["plain prefill"].logits, results["forward with depth"].logits),
+        "same_answer": torch.equal(results["forward + generate"], results["generate with depth"].sequences),
+        "machine": machine(device),
+    }
+
+
+def training_steps(
+    config: DepthVLMConfig, grid: tuple[int, int], images: int, dtype: torch.dtype
+) -> dict[str, Callable]:
+    """A stage-1 step of `train_sft.py`, up to the head's gradients, and the same one as one writes it down."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    from train_sft import add_depth_loss, freeze
+
+    model = random_model(config, dtype, "cpu").train()
+    freeze(model, ["depth_head"])
+    one = random_inputs(config, grid, dtype, "cpu")
+    inputs = {name: torch.cat([value] * images) for name, value in one.items()}
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == config.image_token_id, -100)
+    token = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    depth = torch.rand(images, grid[0] * token, grid[1] * token, generator=torch.Generator().manual_seed(2)) * 9 + 1
+    add_fused_lm_head(model)
+    add_depth_loss(model, trains_text=False)
+
+    def step():
+        model.zero_grad()
+        loss = model(**inputs, depth_labels=list(depth)).depth_loss / images
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().float() for p in model.depth_head.parameters()])
+
+    def straightforward_step():
+        """Logits of all positions and their loss, the head for one image after another; the backbone is frozen."""
+        model.zero_grad()
+        seen = SimpleNamespace()
+        states = model.model(**inputs, seen=seen).last_hidden_state
+        logits = model.lm_head(states).float()
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # logged
+        losses = []
+        for index in range(images):
+            features = [level[index] for level in seen.images.visual_maps[:-1]]
+            features.append(states[index][inputs["input_ids"][index] == config.image_token_id])
+            d = straightforward_head(model.depth_head, features, grid)[0].float().log() - depth[index].log()
+            losses.append(torch.sqrt(d.pow(2).mean() - 0.5 * d.mean().pow(2) + 1e-8))
+        loss = sum(losses) / images
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().float() for p in model.depth_head.parameters()])
+
+    return {"straightforward stage-1 step": straightforward_step, "stage-1 step": step}
+
+
+def peak_memory(name: str, *sizes) -> int:
+    """Bytes that one step takes at its peak beyond the model; in a process that does nothing else."""
+    step = training_steps(*sizes)[name]
+    before = resident_bytes()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats: int = 3) -> dict:
+    """Seconds of both steps, taking turns, and the peak memory of each in a process of its own (Linux)."""
+    sizes = (config, grid, images, dtype)
+    peaks = {}
+    for name in ("straightforward stage-1 step", "stage-1 step"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peaks[name] = pool.apply(peak_memory, (name, *sizes))
+    seconds, results = measure(training_steps(*sizes), repeats, "cpu")
+    theirs, ours = seconds.values()
+    (their_loss, their_gradients), (loss, gradients) = results.values()
+    return {
+        "seconds": seconds,
+        "peak_bytes": peaks,
+        "time_ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
+        "memory_ratio": peaks["stage-1 step"] / peaks["straightforward stage-1 step"],
+        "loss_difference": abs(loss - their_loss),
+        "gradient_difference": (torch.dist(gradients, their_gradients) / their_gradients.norm()).item(),
+        "machine": machine("cpu"),
+    }
+
+
+def machine(device: str) -> dict:
+    """Versions and the processor that was measured."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    kinds = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
+        "cpu": said.get("model name", platform.processor()),
+        "cpu_instructions": [kind for kind in kinds if kind in said.get("flags", "").split()],
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def table(report: dict) -> str:
+    rows = [f"{'':24}{'seconds':>10}{'fastest':>10}{'ratio':>8}"]
+    for name, samples in report["seconds"].items():
+        ratio = f"{report['ratios'][name]:8.3f} of {ALTERNATIVE[name]}" if name in ALTERNATIVE else ""
+        rows.append(f"{name:24}{statistics.median(samples):10.3f}{min(samples):10.3f}{ratio}")
+    return "\n".join(rows)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.efficiency", description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=36, help="decoder layers: the 4B model's 36, or 3 and more")
+    parser.add_argument("--grid", type=int, nargs=2, default=(29, 39), metavar=("ROWS", "COLUMNS"), help="in tokens")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5, help="counted rounds, after one that is not")
+    parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--train", action="store_true", help="a stage-1 step instead; give few --layers, say 3")
+    parser.add_argument("--images", type=int, default=2, help="of a --train step")
+    parser.add_argument("--output", type=Path, metavar="FILE.json")
+    options = parser.parse_args(arguments)
+    sizes = {"repeats": options.repeats, "new_tokens": options.new_tokens, "grid": tuple(options.grid)}
+    if min(options.repeats, options.new_tokens, *options.grid) < 1:
+        parser.error(f"got {sizes}; each must be at least 1")
+    report = {"layers": options.layers, "dtype": options.dtype, **sizes}
+    if options.train:
+        grid, dtype = tuple(options.grid), getattr(torch, options.dtype)
+        report |= training_efficiency(config_4b(options.layers), grid, options.images, dtype, options.repeats)
+        report["images"] = options.images
+        print(json.dumps(report, indent=1))
+        if options.output:
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+        return
+    report |= efficiency(config_4b(options.layers), dtype=getattr(torch, options.dtype), device=options.device, **sizes)
+    print(table(report))
+    print(f"the heads differ by {report['head_float32_difference']:.1e} in float32, ", end="")
+    print(f"same logits: {report['same_logits']}, same answer: {report['same_answer']}")
+    print(", ".join(f"{name} {value}" for name, value in report["machine"].items()))
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

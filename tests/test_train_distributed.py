@@ -1,0 +1,57 @@
+"""Two processes give what one process gives, whatever each of them holds: DDP by the Trainer, FSDP2 by accelerate."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from train_distributed import DDP, FSDP, STEPS
+from training import largest_difference, make_trainer, naive_gradients
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    output = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*command, str(HERE / "train_distributed.py"), str(output)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=True,
+        timeout=400,
+    )
+    return {path.stem: torch.load(path, weights_only=True) for path in output.glob("*.pt")}
+
+
+@pytest.mark.parametrize("case", DDP)
+def test_ddp_gradients_equal_naive(results, case):
+    trains, first, second, _ = DDP[case]
+    expected, text, depth = naive_gradients(tiny_model(), [first[0], second[0]], trains)
+    gradients, logged = results[case]
+    assert largest_difference(gradients, expected) < 1e-6
+    assert logged[0]["loss"] == pytest.approx(text + depth, abs=1e-5)
+    assert logged[0].get("depth_loss", 0) == pytest.approx(depth, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["stage1", "stage2", "text only on a rank"])
+def test_two_processes_train_like_one(results, tmp_path, case):
+    trains, *of_ranks, _ = DDP[case]
+    batches = [batch for step in zip(*of_ranks, strict=True) for batch in step]
+    trainer, _ = make_trainer(tiny_model(), batches, tmp_path, trains, max_steps=STEPS, gradient_accumulation_steps=2)
+    trainer.train()
+    one = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    two = [entry["loss"] for entry in results[case][1]]
+    assert len(one) == STEPS and two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_fsdp2_gradients_equal_naive(results, case):
+    """With an untied LM head, TRL's own fused head would leave each rank its own gradient."""
+    trains, tied, *batches = FSDP[case]
+    expected, *_ = naive_gradients(tiny_model(tie_word_embeddings=tied), batches, trains)
+    gradients, _ = results[case]
+    assert largest_difference(gradients, expected) < 1e-6

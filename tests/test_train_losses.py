@@ -1,0 +1,171 @@
+"""`DepthSFTTrainer` against the losses written out by hand: gradients, averages, what moves and what does not."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import tiny_model
+from training import ALL, HEAD, STAGE2, largest_difference, make_batch, make_trainer, naive_gradients, naive_losses
+
+BATCHES = [
+    make_batch([[(2, 3)], [(2, 3), (1, 2)], []], labelled=(0, 2), seed=1),
+    make_batch([[(3, 2)], [(1, 1)]], labelled=(1,), seed=2),
+    make_batch([[], []], seed=3),
+    make_batch([[(2, 2)]], seed=4, answers=False),
+]
+
+
+def update(tmp_path, batches, trains=STAGE2, model=None, **arguments):
+    """(the gradients of one update over `batches`, what was logged)"""
+    arguments = {"gradient_accumulation_steps": len(batches)} | arguments
+    trainer, gradients = make_trainer(model or tiny_model(), batches, tmp_path, trains, **arguments)
+    trainer.train()
+    return gradients.updates[0], trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("batches", [BATCHES[:1], BATCHES], ids=["one batch", "accumulation"])
+@pytest.mark.parametrize("trains", [HEAD, STAGE2, ALL], ids=["stage 1", "stage 2", "vision too"])
+def test_gradients_equal_naive(tmp_path, trains, batches):
+    expected, text, depth = naive_gradients(tiny_model(), batches, trains)
+    gradients, logged = update(tmp_path, batches, trains)
+    assert largest_difference(gradients, expected) < 1e-6
+    assert logged["loss"] == pytest.approx(text + depth, abs=1e-5)
+    assert logged["depth_loss"] == pytest.approx(depth, abs=1e-5)
+    assert ("lm_loss" in logged) == (trains != HEAD)
+
+
+def test_gradients_with_checkpointing(tmp_path):
+    expected, *_ = naive_gradients(tiny_model(), BATCHES, ALL)
+    gradients, _ = update(tmp_path, BATCHES, ALL, gradient_checkpointing=True)
+    assert largest_difference(gradients, expected) < 1e-6
+
+
+def test_depth_weight(tmp_path):
+    expected, *_ = naive_gradients(tiny_model(), BATCHES, STAGE2, beta=0.3)
+    gradients, _ = update(tmp_path, BATCHES, depth_weight=0.3)
+    assert largest_difference(gradients, expected) < 1e-6
+
+
+def test_label_of_another_size(tmp_path):
+    batch = make_batch([[(2, 3)]], labelled=(0,), label_size=(50, 70))
+    expected, *_ = naive_gradients(tiny_model(), [batch], STAGE2)
+    gradients, _ = update(tmp_path, [batch])
+    assert largest_difference(gradients, expected) < 1e-6
+
+
+def test_untied_lm_head(tmp_path):
+    expected, *_ = naive_gradients(tiny_model(tie_word_embeddings=False), BATCHES, STAGE2)
+    gradients, _ = update(tmp_path, BATCHES, model=tiny_model(tie_word_embeddings=False))
+    assert "lm_head.weight" in gradients and largest_difference(gradients, expected) < 1e-6
+
+
+@pytest.mark.parametrize("source", ["vit", "llm"])
+def test_other_features(tmp_path, source):
+    expected, *_ = naive_gradients(tiny_model(depth_feature_source=source), BATCHES, STAGE2)
+    gradients, _ = update(tmp_path, BATCHES, model=tiny_model(depth_feature_source=source))
+    assert largest_difference(gradients, expected) < 1e-6
+
+
+def test_lora(tmp_path):
+    """Adapters as they are drawn, and a head that is trained whole; the reference is the same model, not wrapped."""
+    config = LoraConfig(
+        r=2, target_modules=r".*language_model.*\.q_proj", modules_to_save=["depth_head"], init_lora_weights=False
+    )
+    trainer, gradients = make_trainer(
+        tiny_model(), BATCHES, tmp_path, STAGE2, config, gradient_accumulation_steps=len(BATCHES)
+    )
+    adapted = trainer.model
+    before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
+    trainer.train()
+    del adapted.get_base_model().forward  # back to the class's own
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.copy_(before[name])
+            parameter.grad = None
+
+    sum(naive_losses(adapted.get_base_model(), BATCHES)).backward()
+    expected = {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+    assert any("lora_A" in name for name in expected) and any("depth_head" in name for name in expected)
+    assert largest_difference(gradients.updates[0], expected) < 1e-6
+
+
+@pytest.mark.parametrize("batch", range(2, 4))
+def test_without_images_or_answers(tmp_path, batch):
+    """Text alone and an image with neither answer nor label train without error, and move what they can."""
+    expected, *_ = naive_gradients(tiny_model(), BATCHES[batch : batch + 1], ALL)
+    gradients, logged = update(tmp_path, BATCHES[batch : batch + 1], ALL)
+    assert largest_difference(gradients, expected) < 1e-6
+    assert "depth_loss" not in logged and logged["loss"] >= 0
+    assert all(name in gradients for name, parameter in tiny_model().named_parameters() if "depth_head" in name)
+
+
+def test_stage_1_leaves_text_alone(tmp_path):
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs = {k: BATCHES[0][k] for k in BATCHES[0] if k not in ("labels", "depth_labels", "position")}
+    logits = model(**inputs).logits
+    trainer, _ = make_trainer(model, BATCHES[:2], tmp_path, HEAD, max_steps=2, optim="adamw_torch", weight_decay=0.1)
+    lm_head_calls = []
+    model.lm_head.register_forward_hook(lambda *_: lm_head_calls.append(1))
+    trainer.train()
+    assert not lm_head_calls
+    model.eval()
+    assert torch.equal(model(**inputs).logits, logits)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, base[name])}
+    assert moved == {name for name in base if name.startswith("depth_head.")}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stage_2_moves_what_it_should(tmp_path, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    base = {name: value.clone() for name, value in model.named_parameters()}
+    trainer, _ = make_trainer(model, BATCHES[:2], tmp_path, max_steps=2, optim="adamw_torch", weight_decay=0.1)
+    trainer.train()
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, base[name])}
+    assert moved == {name for name in base if not name.startswith("model.visual.")}
+
+
+def test_pretraining_leaves_the_head(tmp_path):
+    model = tiny_model()
+    base = {name: value.clone() for name, value in model.named_parameters()}
+    trainer, _ = make_trainer(
+        model, BATCHES[:2], tmp_path, ["language_model", "lm_head", "vision"], max_steps=2, depth_weight=0
+    )
+    trainer.train()
+    assert "depth_loss" not in trainer.state.log_history[0]
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, base[name])}
+    assert moved == {name for name in base if not name.startswith("depth_head.")}
+
+
+def test_logits_of_the_whole_sequence_are_never_made(tmp_path, monkeypatch):
+    """TRL's fused head is what text goes through: the LM head module is not called."""
+    model = tiny_model()
+    calls = []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    trainer, _ = make_trainer(model, BATCHES[:1], tmp_path)
+    trainer.train()
+    assert not calls
+
+
+def test_one_backbone_pass(tmp_path):
+    model = tiny_model()
+    calls = []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append("llm"))
+    model.model.visual.register_forward_hook(lambda *_: calls.append("vision"))
+    trainer, _ = make_trainer(model, BATCHES[:1], tmp_path)
+    trainer.train()
+    assert sorted(calls) == ["llm", "vision"]
+
+
+def test_trl_metrics_are_kept(tmp_path):
+    _, logged = update(tmp_path, BATCHES)
+    expected = {"entropy", "mean_token_accuracy", "num_tokens", "lm_loss", "depth_loss", "delta1", "abs_rel"}
+    assert expected | {"images_per_second"} <= logged.keys()
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ValueError, match="trains names sound"):
+        make_trainer(tiny_model(), BATCHES, tmp_path, ["sound"])
+    with pytest.raises(ValueError, match="name both"):
+        make_trainer(tiny_model(), BATCHES, tmp_path, ["lm_head", "depth_head"])
+    with pytest.raises(ValueError, match="no loss"):
+        make_trainer(tiny_model(), BATCHES, tmp_path, HEAD, depth_weight=0)
