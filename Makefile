@@ -1,10 +1,10 @@
-# make demo: depth of the sample images.  make test: everything that CI runs.
+# make demo: depth of the sample images.  make test: everything that CI runs.  make tiny: trains the tiny checkpoint.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
 DATASETS3 := .venv-datasets3
 
-.PHONY: demo test lint clean
+.PHONY: demo test tiny lint clean
 
 demo: .venv/.installed
 	$(BIN)/python predict.py samples/*.jpg --output output
@@ -12,6 +12,15 @@ demo: .venv/.installed
 
 test: .venv/.dev $(OLDEST)/.installed $(DATASETS3)/.installed lint
 	$(BIN)/python -m pytest -q
+
+# OpenMP's threads otherwise burn what data workers need.
+tiny: export OMP_WAIT_POLICY = PASSIVE
+tiny: .venv/.installed
+	$(BIN)/python create_tiny.py output/tiny/start
+	$(BIN)/python -m bench build procedural --out output/tiny/data --split train --max-frames 12000 --num-proc 2
+	$(BIN)/python -m bench build procedural --out output/tiny/data --split test --num-proc 2
+	for stage in pretrain stage1 stage2; do $(BIN)/python train_sft.py --config configs/tiny_$$stage.yaml || exit 1; done
+	@echo "The checkpoint lies in output/tiny/stage2"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
