@@ -227,7 +227,7 @@ class DepthVLMDPTHead(nn.Module):
         fused = scratch.refinenet2(fused, pyramid[1], pyramid[0].shape[-2:])
         fused = scratch.refinenet1(fused, pyramid[0], [2 * side for side in pyramid[0].shape[-2:]])
         fused = resize(scratch.output_conv1(fused), [side * self.pixels_per_token for side in grid])
-        fused = F.relu(scratch.output_conv2[0](fused))
+        fused = F.relu_(scratch.output_conv2[0](fused))
         with float32(fused):
             return F.softplus(scratch.output_conv2[2](fused)).squeeze(1)
 

@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import os
@@ -332,7 +333,9 @@ def start(tmp_path, raw, out, num_proc):
     script.write_text(CHILD.format(paths=[str(TESTS.parent), str(TESTS)]))
     command = [sys.executable, script, "build", "toy", "--raw", raw, "--out", out, "--split", "test"]
     command += ["--num-proc", str(num_proc)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a shell's background jobs, and what they start, ignore Ctrl-C: not so the build under test
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=listen)
 
 
 def wait_for_shards(out, n, process):

@@ -14,6 +14,15 @@ from training import largest_difference, make_trainer, naive_gradients
 HERE = Path(__file__).parent
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As each rank has: another number of threads adds up in another order, which shows in the seventh digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("distributed")
