@@ -112,6 +112,43 @@ def describe_first(source: Source, split: str) -> str:
     )
 
 
+def add_evaluate(commands) -> None:
+    parser = commands.add_parser("evaluate", help="score a model on built test rows; under accelerate launch too")
+    parser.add_argument("--model", required=True, metavar="NAME:CHECKPOINT", help="constant:2.0, or a checkpoint alone")
+    parser.add_argument("--data", required=True, metavar="DIR_OR_ID", help="what `build` or `import` wrote")
+    parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
+    parser.add_argument("--mode", choices=("points", "dense"), default="points", help="default: points")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/MODEL")
+    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images a call; default: 4")
+    parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args) -> int:
+    from accelerate import PartialState
+
+    from . import contestants, evaluate
+
+    name, checkpoint = evaluate.find_contestant(args.model)
+    sources = tuple(evaluate.open_sources(args.data, args.sources))
+    asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
+    contestant = contestants.get(name)(checkpoint, device=str(PartialState().device), dtype=args.dtype)
+    out = args.out or Path("results") / args.model.strip("/").replace("/", "_").replace(":", "_")
+    summary = evaluate.evaluate(asked, contestant, out, args.batch_size)
+    if summary:
+        for source, scored in summary["sources"].items():
+            print_scores(source, scored["metrics"], f"{scored['points']} points, {scored['counts']}")
+        print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
+    return 0
+
+
+def print_scores(name: str, scores: dict, note: str) -> None:
+    values = "  ".join(f"{key} {'-' if value is None else format(value, '.4f')}" for key, value in scores.items())
+    print(f"{name}: {values}  ({note})")
+
+
 def add_output(parser) -> None:
     """The options of every command that writes shards."""
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="shards go to DIR/SOURCE, card to DIR")
@@ -142,7 +179,7 @@ def summarise(record: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench", description="DepthVLM-Bench: 13 depth data sets, one schema")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_sources, add_check, add_build, add_import):
+    for add in (add_sources, add_check, add_build, add_import, add_evaluate):
         add(commands)
     args = parser.parse_args(argv)
     try:

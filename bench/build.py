@@ -294,12 +294,16 @@ def write_split(
             reports[path] = report
             bar.update(report["written"] + len(report["skipped"]))
 
-    reports = [reports[path] for path in sorted(reports)]
+    paths = sorted(reports)
+    reports = [reports[path] for path in paths]
     facts = {key: getattr(source, key) for key in ("title", "page", "licence", "citation")}
     sums = {key: sum(report[key] for report in reports) for key in ("written", "pixels", "valid_pixels", "points")}
     skipped = [frame for report in reports for frame in report["skipped"]]
     if not sums["written"]:
         first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
+        for path in paths:  # with --images or --raw put right, the same command has to read them again
+            path.with_suffix(".json").unlink()
+            path.with_suffix(".parquet").unlink(missing_ok=True)
         raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
     record |= {"finished": True, "shards": n_shards, **sums, "skipped": skipped, **facts}
     write_json(folder / f"{split}.json", record)

@@ -1,0 +1,69 @@
+"""What every contestant of `python -m bench evaluate` shares: what it is shown, and what it may answer.
+
+Pixels: (u, v) of the stored image, the first pixel's centre at (0, 0), as everywhere in this package (see source.py).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+
+class NotRunnable(ValueError):
+    """A contestant that cannot run here; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """An image and the points that are scored on it.
+
+    image: RGB, as stored. intrinsics: fx, fy, cx, cy in px of the image. points: (N, 2), float64, (u, v).
+    id: `source/split/id` of the row.
+    """
+
+    id: str
+    image: Image.Image
+    intrinsics: tuple[float, float, float, float]
+    points: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A contestant's word on one point.
+
+    depth: metres, in the contestant's own `quantity`; NaN where it gave none. status: "ok", or why there is no depth:
+    "invalid" (its own invalid marker, or not above 0), "refused", "unparsable", "unmarkable", "failed" (a request that
+    never succeeded). text: the reply in words, "" where there was none.
+    """
+
+    depth: float
+    status: str = "ok"
+    text: str = ""
+
+
+class Contestant:
+    """A model under test. A module `bench/contestants/NAME.py` holds one subclass and names it `CONTESTANT`.
+
+    `--model NAME:CHECKPOINT` makes `CONTESTANT(CHECKPOINT, device=..., dtype=...)`, which loads it at once: what is
+    missing is said before the data is read. Subclasses override `maps` if they are `dense`, else `answers`.
+    """
+
+    title: ClassVar[str]  # as tables name it
+    dense: ClassVar[bool]  # whether it gives maps; otherwise it is asked point by point
+    quantity: ClassVar[str] = "z"  # or "ray": Euclidean distance to the camera; the scorer converts it
+    uses_intrinsics: ClassVar[bool] = False  # whether it is told the camera, so that tables can say so
+    batch_safe: ClassVar[bool] = True  # False: an image's result depends on its batch, so it is run alone
+    deterministic: ClassVar[bool] = True
+    model_types: ClassVar[tuple[str, ...]] = ()  # of config.json, for `--model CHECKPOINT` without NAME
+
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
+        raise NotImplementedError
+
+    def maps(self, queries: list[Query]) -> list[np.ndarray]:
+        """One (H, W) float32 a query, metres at the image's own size; not finite or <= 0 where it knows none."""
+        raise NotImplementedError
+
+    def answers(self, queries: list[Query]) -> list[list[Answer]]:
+        """One `Answer` for each of each query's points."""
+        raise NotImplementedError

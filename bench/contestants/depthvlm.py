@@ -1,0 +1,35 @@
+"""DepthVLM: the processor normalises the focal length, the model sees once, the processor brings metres back."""
+
+import torch
+
+import local_package  # noqa: F401
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+from depthvlm.processing_depthvlm import DepthVLMProcessor
+
+from ..contestant import Contestant
+
+
+class DepthVLM(Contestant):
+    title = "DepthVLM"
+    dense = True
+    uses_intrinsics = True
+    model_types = ("depthvlm",)
+
+    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+        dtype = getattr(torch, dtype)
+        self.model = DepthVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
+        self.processor = DepthVLMProcessor.from_pretrained(checkpoint)
+
+    @torch.inference_mode()
+    def maps(self, queries):
+        inputs = self.processor(
+            images=[query.image for query in queries],
+            focal_lengths=[query.intrinsics[0] for query in queries],
+            return_tensors="pt",
+        )
+        outputs = self.model(**inputs.to(self.model.device), logits_to_keep=1)
+        maps = self.processor.post_process_depth_estimation(outputs)
+        return [depth["predicted_depth"].float().cpu().numpy() for depth in maps]
+
+
+CONTESTANT = DepthVLM

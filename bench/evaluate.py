@@ -1,0 +1,419 @@
+"""Scores a contestant on DepthVLM-Bench: rows of `load_dataset` -> predictions -> scores.
+
+OUT holds `run.json` (what was asked), `parts/` (finished chunks), and at the end `predictions.parquet` (one row a
+point; in dense mode `images.parquet`, one row an image) and `summary.json`. A chunk is a fixed run of a source's rows;
+each process takes every n-th, writes it whole or not at all, and skips what is there. So any number of processes,
+killed and started again as often as you like, ends in the same files.
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+
+from . import contestants, metrics
+from .contestant import Contestant, Query
+from .depthvlm_bench import GROUPS, VERSION
+from .geometry import change_grid, ray_per_z
+
+FORMAT = "depthvlm-bench-results/1"
+CHUNK = 16  # rows of a source that are finished together
+MODES = ("points", "dense")
+CANONICAL_FOCAL_LENGTH = 1000  # px, of the released scorer
+POINT_FEATURES = datasets.Features(
+    {name: datasets.Value("string") for name in ("id", "source")}
+    | {name: datasets.Value("float64") for name in ("u", "v", "gt", "prediction")}
+    | {name: datasets.Value("string") for name in ("status", "text")}
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is asked. Two runs with the same fields give the same files; `check` refuses to mix two in one folder.
+
+    model: `NAME:CHECKPOINT` of bench/contestants, or a checkpoint alone. data: folder or hub id of a built benchmark.
+    max_points: at most so many points in all, evenly spread; None scores all. as_released: score as the released code
+    does, over rows of `import --as-released`.
+    """
+
+    model: str
+    data: str
+    sources: tuple[str, ...]
+    mode: str = "points"
+    as_released: bool = False
+    max_points: int | None = None
+    dtype: str = "float32"
+
+    def check(self, out: Path) -> None:
+        """Write OUT/run.json, or refuse an OUT that holds another run's."""
+        record, file = asdict(self) | {"sources": list(self.sources), "format": FORMAT}, out / "run.json"
+        if file.exists():
+            there = json.loads(file.read_text())
+            other = sorted(key for key in record.keys() | there.keys() if record.get(key) != there.get(key))
+            if other:
+                raise ValueError(
+                    f"{out} holds another run ({', '.join(f'{key} {there.get(key)!r}' for key in other)}, now "
+                    f"{', '.join(repr(record.get(key)) for key in other)}); choose another --out or remove it"
+                )
+        else:
+            write_json(file, record)
+
+
+# Contestants
+
+
+def find_contestant(model: str) -> tuple[str, str]:
+    """`--model` -> (contestant's name, checkpoint). Raises ValueError for what no contestant takes."""
+    name, _, checkpoint = model.partition(":")
+    if name in contestants.names():
+        if not checkpoint:
+            raise ValueError(f"--model {model} names no checkpoint; write {name}:CHECKPOINT")
+        return name, checkpoint
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(model)
+    except OSError as error:
+        raise ValueError(
+            f"--model {model!r} is neither a checkpoint (no config.json was found) nor NAME:CHECKPOINT with a NAME of "
+            f"{', '.join(contestants.names())}"
+        ) from error
+    kind = "depthvlm" if "depth_head_type" in config else config.get("model_type")
+    for name in contestants.names():
+        if kind in contestants.get(name).model_types:
+            return name, model
+    raise ValueError(
+        f"{model} is a {kind!r} model, which no contestant takes by itself; if it gives metres, write NAME:{model} "
+        f"with a NAME of {', '.join(contestants.names())}"
+    )
+
+
+# Rows
+
+
+def open_sources(data: str, names: list[str] | None) -> dict[str, datasets.Dataset]:
+    """Test rows of each source of a built benchmark, images left encoded; in the order of the paper, others after."""
+    try:
+        configs = datasets.get_dataset_config_names(data)
+    except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(f"{data} is no built benchmark ({error}); make one with `python -m bench build`") from error
+    order = GROUPS["paper_eval"][1]
+    present = [name for name in (*order, *sorted(set(configs) - set(order))) if name in configs and name not in GROUPS]
+    if unknown := sorted(set(names or ()) - set(present)):
+        raise ValueError(f"{data} has no source {', '.join(unknown)}; it has {', '.join(present)}")
+    opened = {}
+    for name in [name for name in present if name in (names or present)]:
+        if "test" not in datasets.get_dataset_split_names(data, name):
+            if names:
+                raise ValueError(f"{name} in {data} has no test rows; build them, or leave it out of --sources")
+            continue
+        opened[name] = datasets.load_dataset(data, name, split="test").with_format(None)
+    if not opened:
+        raise ValueError(f"{data} has no test rows at all; build a test split first")
+    return opened
+
+
+def read_query(row: dict) -> Query:
+    points = np.column_stack([row["points_u"], row["points_v"]]).astype(np.float64).reshape(-1, 2)
+    intrinsics = tuple(row[name] for name in ("fx", "fy", "cx", "cy"))
+    return Query(f"{row['source']}/{row['split']}/{row['id']}", row["image"].convert("RGB"), intrinsics, points)
+
+
+def chosen_points(rows: datasets.Dataset, first: int, step: float) -> list[np.ndarray]:
+    """Which points of each row are scored: every `step`-th of all, `first` being the number before this source."""
+    counts = [len(u) for u in rows.select_columns(["points_u"])["points_u"]]
+    starts = first + np.concatenate([[0], np.cumsum(counts)]).astype(int)
+    numbers = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=False)]
+    return [np.flatnonzero(np.floor((n + 1) / step) > np.floor(n / step)) for n in numbers]
+
+
+# A row -> its scores
+
+
+def as_asked(prediction: np.ndarray, u, v, intrinsics, given: str, asked: str) -> np.ndarray:
+    """A depth of the quantity `given` ("z" or "ray") as the quantity `asked`, at (u, v) px of the image."""
+    if given == asked:
+        return prediction
+    factor = ray_per_z(u, v, intrinsics)
+    return prediction * factor if asked == "ray" else prediction / factor
+
+
+def at_pixels(depth: np.ndarray, u: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
+    """Values of the pixels that (u, v) lie in."""
+    columns, rows = np.floor(u + 0.5).astype(int), np.floor(v + 0.5).astype(int)
+    height, width = depth.shape
+    if len(u) and not (columns.min() >= 0 and rows.min() >= 0 and columns.max() < width and rows.max() < height):
+        raise ValueError(f"{name} has points outside its image of {width}x{height} px; build its source again")
+    return depth[rows, columns].astype(np.float64)
+
+
+def released_grid(depth: np.ndarray, focal_length: float) -> np.ndarray:
+    """A map as the released scorer holds it: sized to multiples of 28 and then of 32 px from the canonical size."""
+    sides = [round(side * CANONICAL_FOCAL_LENGTH / focal_length) for side in depth.shape]
+    height, width = (max(1, round(28 * round(side / 28) / 32)) * 32 for side in sides)
+    return np.asarray(Image.fromarray(depth.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def read_as_released(depth: np.ndarray, query: Query) -> np.ndarray:
+    """Predictions where the released scorer looks: canonical coordinates on a grid of another size; NaN outside."""
+    width, height = query.image.size
+    u, v = (
+        np.rint(at * (round(side * CANONICAL_FOCAL_LENGTH / query.intrinsics[0]) / side)).astype(int)
+        for at, side in zip(query.points.T, (width, height), strict=True)
+    )
+    grid = released_grid(depth, query.intrinsics[0])
+    there = (u < grid.shape[1]) & (v < grid.shape[0])
+    found = np.full(len(u), np.nan)
+    found[there] = grid[v[there], u[there]]
+    return found
+
+
+def check_map(depth: np.ndarray, query: Query) -> None:
+    if depth.shape != query.image.size[::-1]:
+        raise ValueError(
+            f"the contestant gave a map of {depth.shape} for {query.id} of {query.image.size[::-1]} (height, width); "
+            "`maps` has to return the image's own size"
+        )
+
+
+def score_points(contestant: Contestant, rows: list[dict], queries: list[Query], run: Run) -> list[dict]:
+    """One record a point."""
+    if contestant.dense:
+        replies = []
+        for query, depth in zip(queries, contestant.maps(queries), strict=True):
+            check_map(depth, query)
+            read = read_as_released(depth, query) if run.as_released else at_pixels(depth, *query.points.T, query.id)
+            replies.append([(value, "ok" if value > 0 and math.isfinite(value) else "invalid", "") for value in read])
+    else:
+        answers = contestant.answers(queries)
+        replies = [[(answer.depth, answer.status, answer.text) for answer in reply] for reply in answers]
+    records = []
+    for row, query, reply in zip(rows, queries, replies, strict=True):
+        if len(reply) != len(query.points):
+            raise ValueError(f"the contestant gave {len(reply)} answers to {len(query.points)} points of {query.id}")
+        u, v = query.points.T
+        depth = np.array([value for value, _, _ in reply], dtype=np.float64)
+        if not run.as_released:
+            depth = as_asked(depth, u, v, query.intrinsics, contestant.quantity, row["depth_type"])
+        for n, (_, status, text) in enumerate(reply):
+            valid = status == "ok" and depth[n] > 0 and math.isfinite(depth[n])
+            records.append(
+                {
+                    "id": row["id"],
+                    "source": row["source"],
+                    "u": u[n],
+                    "v": v[n],
+                    "gt": row["points_depth"][n],
+                    "prediction": depth[n] if valid else math.nan,
+                    "status": "invalid" if status == "ok" and not valid else status,
+                    "text": text,
+                }
+            )
+    return records
+
+
+def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], run: Run) -> list[dict]:
+    """One record an image: scores over the depth map's valid pixels, on the depth map's own grid."""
+    records = []
+    for row, query, depth in zip(rows, queries, contestant.maps(queries), strict=True):
+        check_map(depth, query)
+        label = np.asarray(row["depth"]).astype(np.float64) / row["depth_scale"]
+        (height, width), (image_width, image_height) = label.shape, query.image.size
+        u, v = np.meshgrid(
+            change_grid(np.arange(width), width, image_width), change_grid(np.arange(height), height, image_height)
+        )
+        prediction = at_pixels(depth, u, v, query.id)
+        prediction = as_asked(prediction, u, v, query.intrinsics, contestant.quantity, row["depth_type"])
+        labelled = label > 0
+        scale = width / image_width, height / image_height
+        fx, fy, cx, cy = query.intrinsics
+        on_grid = (fx * scale[0], fy * scale[1], (cx + 0.5) * scale[0] - 0.5, (cy + 0.5) * scale[1] - 0.5)
+        records.append(
+            {"id": row["id"], "source": row["source"]}
+            | metrics.scores(prediction[labelled], label[labelled])
+            | {
+                "boundary_f1": metrics.boundary_f1(prediction, label),
+                "point_cloud_f_score": metrics.point_cloud_f_score(prediction, label, on_grid),
+            }
+        )
+    return records
+
+
+# A run
+
+
+def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -> dict | None:
+    """Score what is not scored yet and, on the main process, write and return the summary."""
+    from accelerate import PartialState
+
+    state = PartialState(timeout=timedelta(days=7))
+    opened = open_sources(run.data, list(run.sources))
+    if run.mode == "dense" and not contestant.dense:
+        raise ValueError(f"{contestant.title} answers point by point and has no maps; use --mode points")
+    if run.as_released and (run.mode == "dense" or not contestant.dense):
+        raise ValueError("--as-released reads points from maps; use it with --mode points and a contestant with maps")
+    if state.is_main_process:
+        (out / "parts").mkdir(parents=True, exist_ok=True)
+        run.check(out)
+    state.wait_for_everyone()
+
+    kept = points_of(run, opened)
+    chunks = [(name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK)]
+    todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not part_file(out, chunk).exists()]
+    batch_size = batch_size if contestant.batch_safe else 1
+    score = score_points if run.mode == "points" else score_maps
+    with ThreadPoolExecutor(1) as pool, tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar:
+        loaded = ((chunk, pool.submit(read_chunk, opened[chunk[0]], chunk[1], kept[chunk[0]])) for chunk in todo)
+        for chunk, future in ahead(loaded):
+            rows, queries = future.result()
+            records = []
+            for first in range(0, len(rows), batch_size):
+                piece = slice(first, first + batch_size)
+                records += score(contestant, rows[piece], queries[piece], run)
+            write_part(part_file(out, chunk), records, run.mode)
+            bar.update()
+    state.wait_for_everyone()
+    return summarise(run, contestant, opened, chunks, out) if state.is_main_process else None
+
+
+def ahead(futures: Iterator) -> Iterator:
+    """The same, with the next one already on its way."""
+    current = next(futures, None)
+    while current is not None:
+        following = next(futures, None)
+        yield current
+        current = following
+
+
+def points_of(run: Run, opened: dict[str, datasets.Dataset]) -> dict[str, list[np.ndarray]]:
+    """Which points of each row of each source are scored."""
+    if run.mode == "dense":
+        return {name: [np.zeros(0, int)] * len(rows) for name, rows in opened.items()}
+    totals = {name: sum(map(len, rows.select_columns(["points_u"])["points_u"])) for name, rows in opened.items()}
+    for name, total in totals.items():
+        if not total:
+            raise ValueError(f"{name} has no points; its test rows were not built by this benchmark: build them again")
+    step = max(1.0, sum(totals.values()) / (run.max_points or math.inf))
+    before = dict(zip(totals, itertools.accumulate(totals.values(), initial=0), strict=False))
+    return {name: chosen_points(rows, before[name], step) for name, rows in opened.items()}
+
+
+def read_chunk(dataset: datasets.Dataset, start: int, kept: list[np.ndarray]) -> tuple[list[dict], list[Query]]:
+    rows, queries = [], []
+    for index in range(start, min(start + CHUNK, len(dataset))):
+        row = dataset[index]
+        for name in ("points_u", "points_v", "points_depth"):
+            row[name] = np.asarray(row[name])[kept[index]]
+        rows.append(row)
+        queries.append(read_query(row))
+    return rows, queries
+
+
+def part_file(out: Path, chunk: tuple[str, int]) -> Path:
+    return out / "parts" / f"{chunk[0]}-{chunk[1]:07d}.parquet"
+
+
+def write_part(file: Path, records: list[dict], mode: str) -> None:
+    if mode == "points":
+        columns = {name: [record[name] for record in records] for name in POINT_FEATURES}
+        part = datasets.Dataset.from_dict(columns, features=POINT_FEATURES)
+    else:
+        part = datasets.Dataset.from_list(records)
+    part.to_parquet(file.with_suffix(f".{os.getpid()}"))
+    file.with_suffix(f".{os.getpid()}").replace(file)
+
+
+def write_json(file: Path, value: dict) -> None:
+    file.with_suffix(".tmp").write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    file.with_suffix(".tmp").replace(file)
+
+
+# The summary
+
+
+def summarise(run: Run, contestant: Contestant, opened: dict, chunks: list, out: Path) -> dict:
+    """Join the parts in the data's order, write them and `summary.json`; refuse if the counts are not exact."""
+    import pandas
+
+    table = pandas.concat([pandas.read_parquet(part_file(out, chunk)) for chunk in chunks], ignore_index=True)
+    table.to_parquet(out / ("predictions.parquet" if run.mode == "points" else "images.parquet"), index=False)
+    kept = points_of(run, opened)
+    sources = {}
+    for name, rows in opened.items():
+        own = table[table.source == name]
+        expected = sum(map(len, kept[name])) if run.mode == "points" else len(rows)
+        if len(own) != expected:
+            raise ValueError(f"{out} has {len(own)} results of {expected} for {name}; remove its parts and run again")
+        scored = of_points(own, run.as_released) if run.mode == "points" else of_images(own)
+        sources[name] = {"images": len(rows)} | scored
+    names = list(next(iter(sources.values()))["metrics"])
+    summary = {
+        "format": FORMAT,
+        "contestant": {"model": run.model, "title": contestant.title, "quantity": contestant.quantity}
+        | {"uses_intrinsics": contestant.uses_intrinsics, "dense": contestant.dense},
+        "protocol": {
+            "mode": run.mode,
+            "as_released": run.as_released,
+            "data": run.data,
+            "bench": VERSION,
+            "max_points": run.max_points,
+            "dtype": run.dtype,
+            "average": "as released: mean of the images' means"
+            if run.as_released
+            else "over all points of a source"
+            if run.mode == "points"
+            else "over a source's images",
+            "mean": "over sources, unweighted",
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {"transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__},
+        "sources": sources,
+        "mean": {name: mean_or_none([own["metrics"][name] for own in sources.values()]) for name in names},
+    }
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def of_points(table, as_released: bool) -> dict:
+    prediction, depth = table.prediction.to_numpy(float), table["gt"].to_numpy(float)
+    counts = {"points": len(table), "counts": dict(sorted(Counter(table.status).items()))}
+    if not as_released:
+        scores = metrics.scores(prediction, depth)
+        return counts | {"metrics": {name: scores[name] for name in scores if name not in ("points", "answered")}}
+    # as there: what has no prediction leaves the mean, an image with nothing left counts 0
+    per_image = []
+    for _, own in table.groupby("id", sort=False):
+        answered = own[own.prediction.notna()]
+        ratio = np.maximum(answered.prediction / answered["gt"], answered["gt"] / answered.prediction)
+        per_image.append(float((ratio < 1.25).mean()) if len(answered) else 0.0)
+    return counts | {"metrics": {"delta1": float(np.mean(per_image))}}
+
+
+def of_images(table) -> dict:
+    """Means over images, and of how many images: one without a boundary, say, has no boundary F1."""
+    names = [name for name in table.columns if name not in ("id", "source", "points", "answered")]
+    columns = {name: table[name].astype(float).dropna() for name in names}
+    points, answered = int(table.points.sum()), int(table.answered.sum())
+    return {
+        "points": points,
+        "counts": {"invalid": points - answered, "ok": answered},
+        "images_with": {name: len(column) for name, column in columns.items()},
+        "metrics": {name: float(column.mean()) if len(column) else None for name, column in columns.items()},
+    }
+
+
+def mean_or_none(values: list) -> float | None:
+    """Over sources; one source without a value leaves none, for a mean of the others would be of other data."""
+    return None if None in values else float(np.mean(values))

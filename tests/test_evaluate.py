@@ -1,0 +1,408 @@
+"""`python -m bench evaluate` on small hand-made benchmarks, against plain loops and known answers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas
+import pytest
+import torch
+from PIL import Image
+
+from bench import evaluate
+from bench.__main__ import main
+from bench.contestant import Answer, Contestant
+from bench.contestants.constant import Constant
+from bench.contestants.depthvlm import DepthVLM
+from bench.depthvlm_bench import FEATURES
+from bench.evaluate import Run
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+FX, FY, CX, CY = 40.0, 44.0, 30.0, 22.0
+
+
+def make_row(source: str, index: int, points: int, depth_type="z", size=(64, 48), depth_size=(32, 24)) -> dict:
+    rng = np.random.default_rng([index, len(source)])
+    words = rng.integers(500, 8000, depth_size[::-1]).astype(np.uint16)
+    words[rng.random(words.shape) < 0.2] = 0
+    u, v = rng.uniform(-0.5, size[0] - 0.501, points), rng.uniform(-0.5, size[1] - 0.501, points)
+    return {
+        "id": f"row-{index:03d}",
+        "source": source,
+        "split": "test",
+        "scene": "",
+        "camera": "",
+        "image": Image.fromarray(rng.integers(0, 255, (*size[::-1], 3)).astype(np.uint8)),
+        "depth": Image.fromarray(words),
+        "depth_scale": 1000.0,
+        "depth_type": depth_type,
+        **{"fx": FX, "fy": FY, "cx": CX, "cy": CY},
+        "points_u": u,
+        "points_v": v,
+        "points_depth": rng.uniform(1.2, 3.5, points),
+        "qa": {"kind": [], "question": [], "answer": []},
+    }
+
+
+def write_bench(folder: Path, **sources: list[dict]) -> Path:
+    configs = ""
+    for name, rows in sources.items():
+        (folder / name).mkdir(parents=True)
+        datasets.Dataset.from_list(rows, features=FEATURES).to_parquet(folder / name / "test-00000.parquet")
+        configs += f"- config_name: {name}\n  data_files:\n  - split: test\n    path: {name}/test-*.parquet\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Path:
+    """Two sources of 37 and 20 images with 1 to 5 points each."""
+    alpha, beta = ([make_row(name, i, 1 + i % 5) for i in range(n)] for name, n in (("alpha", 37), ("beta", 20)))
+    return write_bench(tmp_path_factory.mktemp("bench"), alpha=alpha, beta=beta)
+
+
+class Unloaded(Contestant):
+    def __init__(self):
+        pass
+
+
+class Columns(Unloaded):
+    """Says the number of the pixel's column + 1: where a value was read can be told from it."""
+
+    title, dense = "Columns", True
+
+    def maps(self, queries):
+        return [np.broadcast_to(np.arange(1.0, q.image.size[0] + 1), q.image.size[::-1]) for q in queries]
+
+
+def run(contestant, bench, out, batch_size=4, **fields) -> dict:
+    sources = tuple(evaluate.open_sources(str(bench), None))
+    return evaluate.evaluate(Run("test:it", str(bench), sources, **fields), contestant, out, batch_size)
+
+
+def predictions(out: Path) -> pandas.DataFrame:
+    return pandas.read_parquet(out / "predictions.parquet")
+
+
+def all_rows(bench: Path, source: str) -> list[dict]:
+    return list(datasets.load_dataset(str(bench), source, split="test"))
+
+
+# Scores
+
+
+def test_constant_scores_as_a_plain_loop_does(bench, tmp_path):
+    summary = run(Constant("2.0"), bench, tmp_path)
+    for source in ("alpha", "beta"):
+        truth = [depth for row in all_rows(bench, source) for depth in row["points_depth"]]
+        right = sum(max(2 / depth, depth / 2) < 1.25 for depth in truth)
+        error = sum(abs(2 - depth) / depth for depth in truth)
+        scored = summary["sources"][source]
+        assert scored["points"] == len(truth) and scored["counts"] == {"ok": len(truth)}
+        assert scored["metrics"]["delta1"] == right / len(truth)
+        assert scored["metrics"]["abs_rel"] == pytest.approx(error / len(truth), rel=1e-12)
+    both = [summary["sources"][source]["metrics"]["delta1"] for source in ("alpha", "beta")]
+    assert summary["mean"]["delta1"] == pytest.approx(sum(both) / 2, rel=1e-12)  # unweighted: 37 and 20 images
+
+
+@pytest.mark.parametrize(("name", "delta1", "points"), [("ibims1", 0.2648, 5000), ("scannetpp", 0.2850, 200)])
+def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
+    data = SHARED / name
+    if not data.exists():
+        pytest.skip(f"../shared/data/{name} is not there")
+    folders = ["--images", str(data), "--source", name, "--out", str(tmp_path / "data")]
+    if name == "scannetpp":
+        folders[1:2] = [str(data / "rgb"), "--depths", str(data / "depth")]
+    assert main(["import", str(data / "annotations.jsonl"), *folders]) == 0
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    scored = json.loads((tmp_path / "out" / "summary.json").read_text())["sources"][name]
+    assert scored["points"] == points
+    assert scored["metrics"]["delta1"] == pytest.approx(delta1, abs=1e-12)
+
+
+def test_a_point_is_read_in_the_pixel_that_it_lies_in(bench, tmp_path):
+    run(Columns(), bench, tmp_path)
+    found = predictions(tmp_path)
+    # the first pixel covers u from -0.5 to 0.5
+    expected = [1 + min(range(64), key=lambda column, u=u: abs(column - u)) for u in found.u]
+    assert found.prediction.tolist() == expected
+
+
+def test_predictions_keep_every_point_in_order(bench, tmp_path):
+    run(Columns(), bench, tmp_path)
+    found = predictions(tmp_path)
+    rows = all_rows(bench, "alpha") + all_rows(bench, "beta")
+    assert found["id"].tolist() == [row["id"] for row in rows for _ in row["points_u"]]
+    assert found["gt"].tolist() == [depth for row in rows for depth in row["points_depth"]]
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_an_invalid_prediction_is_wrong_and_counted(bench, tmp_path, bad):
+    class Half(Constant):
+        def maps(self, queries):
+            maps = super().maps(queries)
+            for depth in maps:
+                depth[:, :32] = bad
+            return maps
+
+    summary = run(Half("2.0"), bench, tmp_path)
+    found = predictions(tmp_path)
+    left = (found.u < 31.5) & (found.source == "alpha")
+    scored, count = summary["sources"]["alpha"], int((found.source == "alpha").sum())
+    assert scored["counts"] == {"invalid": int(left.sum()), "ok": count - int(left.sum())}
+    truth = found["gt"][(found.source == "alpha") & ~left]
+    assert scored["metrics"]["delta1"] == sum(max(2 / depth, depth / 2) < 1.25 for depth in truth) / count
+    assert found.prediction[left].isna().all()
+
+
+def test_answers_of_a_contestant_without_maps_keep_status_and_words(bench, tmp_path):
+    class Speaker(Unloaded):
+        title, dense = "Speaker", False
+
+        def answers(self, queries):
+            kinds = (Answer(2.0, "ok", "2 m"), Answer(math.nan, "refused", "No."), Answer(-3.0, "ok", "-3"))
+            return [[kinds[n % 3] for n in range(len(query.points))] for query in queries]
+
+    summary = run(Speaker(), bench, tmp_path)
+    found = predictions(tmp_path)
+    counts = summary["sources"]["alpha"]["counts"]
+    numbers = [n % 3 for row in all_rows(bench, "alpha") for n in range(len(row["points_u"]))]
+    assert counts == {"ok": numbers.count(0), "refused": numbers.count(1), "invalid": numbers.count(2)}
+    assert found.text[1] == "No." or found.text[0] == "2 m"
+    assert set(found.text) == {"2 m", "No.", "-3"}
+
+
+def test_ray_distance_is_converted_with_the_intrinsics(tmp_path):
+    """A wall at z = 2 m: a contestant that says the distance to the camera is right to the digit, another is not."""
+    row = make_row("alpha", 0, 40)
+    row["points_u"], row["points_v"] = np.round(row["points_u"]), np.round(row["points_v"])
+    row["points_depth"] = np.full(40, 2.0)
+    bench = write_bench(tmp_path / "bench", alpha=[row])
+
+    class Ray(Unloaded):
+        title, dense, quantity = "Ray", True, "ray"
+
+        def maps(self, queries):
+            v, u = np.mgrid[:48, :64]
+            return [2.0 * np.sqrt(1 + ((u - CX) / FX) ** 2 + ((v - CY) / FY) ** 2)]
+
+    assert run(Ray(), bench, tmp_path / "ray")["mean"]["abs_rel"] < 1e-12
+    Ray.quantity = "z"
+    assert run(Ray(), bench, tmp_path / "z")["mean"]["abs_rel"] > 0.05
+
+
+def test_z_is_scored_as_ray_distance_where_the_rows_hold_it(tmp_path):
+    row = make_row("alpha", 0, 40, depth_type="ray")
+    u, v = (np.asarray(row[name], np.float32).astype(float) for name in ("points_u", "points_v"))
+    row["points_depth"] = 2 * np.sqrt(1 + ((u - CX) / FX) ** 2 + ((v - CY) / FY) ** 2)
+    bench = write_bench(tmp_path / "bench", alpha=[row])
+    assert run(Constant("2.0"), bench, tmp_path / "ray")["mean"]["abs_rel"] < 1e-6
+
+
+# Dense mode
+
+
+def test_dense_scores_are_taken_on_the_depth_maps_grid(bench, tmp_path):
+    summary = run(Columns(), bench, tmp_path, mode="dense")
+    errors = []
+    for row in all_rows(bench, "beta"):
+        words = np.asarray(row["depth"])
+        values = []
+        for y, x in np.argwhere(words > 0):
+            column = math.floor((x + 0.5) * 64 / 32 - 0.5 + 0.5)  # centre of a depth pixel, two image pixels wide
+            values.append(abs(column + 1 - words[y, x] / 1000) / (words[y, x] / 1000))
+        errors.append(sum(values) / len(values))
+    scored = summary["sources"]["beta"]
+    assert scored["metrics"]["abs_rel"] == pytest.approx(np.mean(errors), rel=1e-9)
+    assert len(pandas.read_parquet(tmp_path / "images.parquet")) == 57
+
+
+# As released
+
+
+def test_as_released_reads_canonical_coordinates_on_another_grid(bench, tmp_path):
+    summary = run(Columns(), bench, tmp_path, as_released=True)
+    found = predictions(tmp_path)
+    # 64 px at fx 40 -> 1600 canonical px -> 57 x 28 = 1596 -> 50 x 32 = 1600 px: columns of 25 px
+    for u, prediction in zip(found.u, found.prediction, strict=True):
+        column = np.rint(u * 25)
+        if column < 0 or math.isnan(prediction):
+            continue
+        assert prediction == pytest.approx((column + 0.5) / 25 + 0.5, abs=0.5)
+    means = []
+    for _, own in found[found.source == "alpha"].groupby("id"):
+        kept = own[own.prediction > 0]
+        right = [max(p / d, d / p) < 1.25 for p, d in zip(kept.prediction, kept["gt"], strict=True)]
+        means.append(sum(right) / len(right) if right else 0.0)
+    assert summary["sources"]["alpha"]["metrics"] == {"delta1": pytest.approx(np.mean(means), rel=1e-12)}
+
+
+def test_released_grid_has_the_sizes_found_in_the_released_code():
+    """Facts: width x height of the stored image and fx -> the grid that the released scorer indexes."""
+    cases = {  # canonical size -> grid
+        (1341, 1006): (1344, 1024),
+        (1081, 823): (1088, 800),
+        (1379, 1001): (1376, 1024),
+        (934, 623): (928, 608),
+        (888, 558): (896, 576),
+        (1263, 711): (1248, 704),
+        (1144, 858): (1152, 864),
+        (1819, 1212): (1824, 1216),
+    }
+    for (width, height), expected in cases.items():
+        assert evaluate.released_grid(np.ones((height, width)), 1000.0).shape == expected[::-1]
+
+
+# Processes, interruptions, limits
+
+
+def test_three_processes_give_the_summary_of_one(bench, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = ["-m", "bench", "evaluate", "--model", "constant:2.0", "--data", str(bench), "--out"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "3", "--num_machines"]
+    launch += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*launch, *command, str(tmp_path / "three")], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["evaluate", *command[3:], str(tmp_path / "one")]) == 0
+    for name in ("summary.json", "run.json"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    pandas.testing.assert_frame_equal(predictions(tmp_path / "three"), predictions(tmp_path / "one"))
+
+
+def test_a_killed_run_goes_on_to_the_same_files(bench, tmp_path):
+    class Dies(Constant):
+        calls = 0
+
+        def maps(self, queries):
+            type(self).calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+            return super().maps(queries)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Dies("2.0"), bench, tmp_path / "killed")
+    parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "parts").iterdir()}
+    assert parts and not (tmp_path / "killed" / "summary.json").exists()
+    run(Constant("2.0"), bench, tmp_path / "killed")
+    run(Constant("2.0"), bench, tmp_path / "whole")
+    assert all(file.stat().st_mtime_ns == time for file, time in parts.items())
+    assert (tmp_path / "killed/summary.json").read_bytes() == (tmp_path / "whole/summary.json").read_bytes()
+    pandas.testing.assert_frame_equal(predictions(tmp_path / "killed"), predictions(tmp_path / "whole"))
+
+
+def test_max_points_spreads_over_everything(bench, tmp_path):
+    summary = run(Constant("2.0"), bench, tmp_path, max_points=30)
+    counts = [own["points"] for own in summary["sources"].values()]
+    whole = [sum(len(row["points_u"]) for row in all_rows(bench, name)) for name in ("alpha", "beta")]
+    assert sum(counts) == 30
+    assert counts[0] == pytest.approx(30 * whole[0] / sum(whole), abs=1)
+
+
+def test_a_contestant_that_depends_on_its_batch_runs_alone(bench, tmp_path):
+    class Alone(Constant):
+        batch_safe = False
+
+        def maps(self, queries):
+            assert len(queries) == 1
+            return super().maps(queries)
+
+    run(Alone("2.0"), bench, tmp_path)
+
+
+# DepthVLM
+
+
+def test_depthvlm_scores_what_its_processor_and_model_say(bench, tmp_path):
+    contestant = DepthVLM(str(ROOT))
+    run(contestant, bench, tmp_path, batch_size=3)
+    row = all_rows(bench, "beta")[7]
+    inputs = contestant.processor(images=[row["image"]], focal_lengths=[FX], return_tensors="pt")
+    with torch.inference_mode():
+        outputs = contestant.model(**inputs)
+    depth = contestant.processor.post_process_depth_estimation(outputs)[0]["predicted_depth"].numpy()
+    found = predictions(tmp_path)
+    found = found[(found.source == "beta") & (found["id"] == row["id"])]
+    expected = [depth[math.floor(v + 0.5), math.floor(u + 0.5)] for u, v in zip(found.u, found.v, strict=True)]
+    assert found.prediction.to_numpy() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "depthvlm"}, "depthvlm"),
+        ({"model_type": "qwen3_vl", "depth_head_type": "dpt"}, "depthvlm"),  # as the published checkpoint has it
+        ({"model_type": "zoedepth"}, "zoedepth"),
+    ],
+)
+def test_a_checkpoint_says_which_contestant_it_is(tmp_path, config, expected):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert evaluate.find_contestant(str(tmp_path)) == (expected, str(tmp_path))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "constant:0"], "constant:0 is no depth"),
+        (["--model", "constant:"], "names no checkpoint"),
+        (["--model", "constant:2", "--sources", "alpha", "gamma"], "has no source gamma; it has alpha, beta"),
+        (["--model", "constant:2", "--mode", "dense", "--as-released"], "with --mode points"),
+    ],
+)
+def test_refusals_are_a_sentence(bench, tmp_path, capsys, arguments, said):
+    assert main(["evaluate", "--data", str(bench), "--out", str(tmp_path), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_without_metric_depth_is_refused(tmp_path, bench, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert main(["evaluate", "--model", str(tmp_path), "--data", str(bench)]) == 2
+    assert "is a 'bert' model, which no contestant takes by itself" in capsys.readouterr().err
+
+
+def test_no_benchmark_is_refused(tmp_path, capsys):
+    assert main(["evaluate", "--model", "constant:2", "--data", str(tmp_path)]) == 2
+    assert "is no built benchmark" in capsys.readouterr().err
+
+
+def test_results_of_another_run_are_not_mixed(bench, tmp_path):
+    run(Constant("2.0"), bench, tmp_path)
+    with pytest.raises(ValueError, match="holds another run .*choose another --out"):
+        run(Constant("2.0"), bench, tmp_path, max_points=5)
+
+
+def test_a_map_of_another_size_is_refused(bench, tmp_path):
+    class Small(Constant):
+        def maps(self, queries):
+            return [np.ones((2, 2)) for _ in queries]
+
+    with pytest.raises(ValueError, match=r"gave a map of \(2, 2\) for alpha/test/row-000 of \(48, 64\)"):
+        run(Small("2.0"), bench, tmp_path)
+
+
+def test_points_without_maps_have_no_dense_mode(bench, tmp_path):
+    class Speaker(Unloaded):
+        title, dense = "Speaker", False
+
+    with pytest.raises(ValueError, match="Speaker answers point by point"):
+        run(Speaker(), bench, tmp_path, mode="dense")
+
+
+def test_a_corrected_import_reads_again(tmp_path, capsys):
+    """A first command with a wrong folder leaves nothing that the corrected one would take for finished."""
+    if not (SHARED / "ibims1").exists():
+        pytest.skip("../shared/data/ibims1 is not there")
+    command = ["import", str(SHARED / "ibims1/annotations.jsonl"), "--source", "ibims1", "--out", str(tmp_path)]
+    assert main([*command, "--images", str(SHARED / "ibims1/rgb")]) == 2
+    assert main([*command, "--images", str(SHARED / "ibims1")]) == 0
