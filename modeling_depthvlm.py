@@ -399,9 +399,23 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
         Returns one float32 `(height, width)` an image, as `DepthVLMOutput.predicted_depth`.
         """
+        images = self.depth_features(seen)
+        groups = {}
+        for index, (_, grid) in enumerate(images):
+            groups.setdefault(grid, []).append(index)
+        depth = [None] * len(images)
+        for grid, members in groups.items():
+            levels = zip(*(images[index][0] for index in members), strict=True)
+            features = [torch.cat(level) for level in levels]
+            for index, prediction in zip(members, self.depth_head(features, grid), strict=True):
+                depth[index] = prediction
+        return tuple(depth)
+
+    def depth_features(self, seen: SimpleNamespace) -> list[tuple[list[torch.Tensor], tuple[int, int]]]:
+        """The depth head's arguments for each image: four features `(grid_h * grid_w, hidden_size)`, and the grid."""
         images = seen.images
         if images is None:
-            return ()
+            return []
         if getattr(images, "image_grid_thw", None) is None:
             raise ValueError(
                 "mm_encoder_outputs['image'] has no image_grid_thw, so its depth cannot be laid out; make it with this "
@@ -425,16 +439,8 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             maps = [on_tokens(states) for states in (*layers, seen.outputs.last_hidden_state)]
         else:
             maps = [*images.visual_maps[:-1], on_tokens(seen.outputs.last_hidden_state)]
-        groups = {}
-        for index, grid in enumerate(grids):
-            groups.setdefault(grid, []).append(index)
         head = next(self.depth_head.parameters())
-        depth = [None] * len(grids)
-        for grid, members in groups.items():
-            features = [torch.cat([level[index] for index in members]).to(head.dtype) for level in maps]
-            for index, prediction in zip(members, self.depth_head(features, grid), strict=True):
-                depth[index] = prediction
-        return tuple(depth)
+        return [([level[index].to(head.dtype) for level in maps], grid) for index, grid in enumerate(grids)]
 
     def generate(self, inputs=None, generation_config=None, *, output_depth=None, cameras=None, **kwargs):
         r"""

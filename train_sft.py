@@ -86,7 +86,7 @@ class DepthTrainingOutput(FusedCausalLMOutput):
     """
     TRL's fused output and, of the images that have a label:
 
-    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses.
+    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses, times `depth_scale`.
     depth_scores (`torch.Tensor` of shape `(num_labelled, 3)`): SILog, delta1 and AbsRel of each, without gradient.
     """
 
@@ -98,14 +98,14 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
     """
     Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
 
-    `model(..., depth_labels=[...])` then returns a `DepthTrainingOutput`. It has to happen inside `model.forward`, so
-    that DDP and FSDP, which wrap the model, see the head's parameters used. Without `trains_text` the backbone runs
-    without gradients and the LM head not at all.
+    `model(..., depth_labels=[...], depth_scale=1.0)` then returns a `DepthTrainingOutput`. It has to happen inside
+    `model.forward`, so that DDP and FSDP, which wrap the model, see the head's parameters used. Without `trains_text`
+    the backbone runs without gradients and the LM head not at all.
     """
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, depth_labels=None, **kwargs):
+    def forward(self, *args, depth_labels=None, depth_scale=1.0, **kwargs):
         if depth_labels is None:
             return fused_forward(*args, **kwargs)
         seen = SimpleNamespace()  # made here: DDP and FSDP would hand on a copy
@@ -123,18 +123,68 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
         else:
             with torch.no_grad():
                 self.base_model(*args, seen=seen, **kwargs)
-        losses, scores = [], []
-        if any((label > 0).any() for label in depth_labels):
-            for prediction, label in zip(self.predict_depth(seen), depth_labels, strict=True):
-                if (label > 0).any():
-                    losses.append(silog_loss(prediction, label))
-                    scores.append(torch.stack([losses[-1], *depth_accuracy(prediction, label)]).detach())
+        images = self.depth_features(seen) if any((label > 0).any() for label in depth_labels) else []
+        labelled = [
+            (features, grid, label)
+            for (features, grid), label in zip(images, depth_labels, strict=bool(images))
+            if (label > 0).any()
+        ]
+        trained = [parameter for parameter in self.depth_head.parameters() if parameter.requires_grad]
+        if not labelled:
+            zero = zero + sum(0 * parameter.sum() for parameter in trained)
+            return DepthTrainingOutput(**text, depth_loss=zero, depth_scores=torch.zeros(0, 3, device=self.device))
+        flat = [level for features, _, _ in labelled for level in features]
+        sizes = [(len(features), grid, label) for features, grid, label in labelled]
+        if torch.is_grad_enabled():
+            loss, scores = ImageByImage.apply(self.depth_head, sizes, depth_scale, len(trained), *trained, *flat)
         else:
-            zero = zero + sum(0 * parameter.sum() for parameter in self.depth_head.parameters())
-        scores = torch.stack(scores) if scores else torch.zeros(0, 3, device=self.device)
-        return DepthTrainingOutput(**text, depth_loss=sum(losses, zero), depth_scores=scores)
+            predictions = [(self.depth_head(features, grid)[0], label) for features, grid, label in labelled]
+            scores = torch.stack([torch.stack([silog_loss(*own), *depth_accuracy(*own)]) for own in predictions])
+            loss = depth_scale * scores[:, 0].sum()
+        return DepthTrainingOutput(**text, depth_loss=zero + loss, depth_scores=scores)
 
     model.forward = types.MethodType(forward, model)
+
+
+class ImageByImage(torch.autograd.Function):
+    """
+    The sum of the images' depth losses, times a scale. Its gradients are computed on the way, so that the head's
+    activations, two gigabytes an image at the paper's size, are held for one image at a time and not for the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, head, images, scale, num_parameters, *tensors):
+        """
+        images: (number of features, grid, label) of each. scale: of the loss. tensors: `num_parameters` parameters,
+        then all features.
+
+        Returns the loss and, an image, SILog, delta1 and AbsRel, `(num_images, 3)`.
+        """
+        parameters, features = tensors[:num_parameters], iter(tensors[num_parameters:])
+        total, scores, sums, gradients = 0, [], [None] * num_parameters, []
+        for number, grid, label in images:
+            own = [next(features) for _ in range(number)]
+            own = [level.detach().requires_grad_(level.requires_grad) for level in own]
+            inputs = [*parameters, *own]
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            with torch.enable_grad():
+                prediction = head(own, grid)[0]
+                loss = silog_loss(prediction, label)
+                found = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
+            found = [next(found) if tensor.requires_grad else None for tensor in inputs]
+            sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=False)]
+            gradients += found[num_parameters:]
+            total = total + loss.detach() * scale
+            scores.append(torch.stack([loss, *depth_accuracy(prediction, label)]).detach())
+        ctx.gradients = [*sums, *gradients]
+        scores = torch.stack(scores)
+        ctx.mark_non_differentiable(scores)
+        return total, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _):
+        return (None,) * 4 + tuple(gradient if gradient is None else gradient * scale for gradient in ctx.gradients)
 
 
 def connected_zero(model: DepthVLMForConditionalGeneration, has_images: bool) -> torch.Tensor:
@@ -221,11 +271,14 @@ class DepthSFTTrainer(SFTTrainer):
         depth_labels = inputs.pop("depth_labels", [])
         if not self.args.depth_weight:
             depth_labels = []
+        in_training = self.model.training
+        labelled = sum(bool((label > 0).any()) for label in depth_labels)
+        depth_scale = self.args.depth_weight * (self.depth_scale if in_training else 1 / max(labelled, 1))
         outputs = None
 
         def call(**kwargs):  # TRL calls the model once
             nonlocal outputs
-            outputs = model(**kwargs, depth_labels=depth_labels)
+            outputs = model(**kwargs, depth_labels=depth_labels, depth_scale=depth_scale)
             return outputs
 
         if self.trains_text:
@@ -234,9 +287,7 @@ class DepthSFTTrainer(SFTTrainer):
             inputs.pop("labels")
             call(**inputs, use_cache=False)
             loss = 0
-        in_training = self.model.training
-        scale = self.depth_scale if in_training else 1 / max(len(outputs.depth_scores), 1)
-        loss = loss + self.args.depth_weight * outputs.depth_loss * scale
+        loss = loss + outputs.depth_loss
         self.record(outputs, inputs.get("image_grid_thw"), "train" if in_training else "eval")
         return (loss, outputs) if return_outputs else loss
 

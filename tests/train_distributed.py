@@ -74,13 +74,13 @@ def fsdp(trains, tied, batches, rank):
     model = fsdp2_prepare_model(accelerator, model)
     inputs = {"depth_labels": [], **batches[rank], "fused_lm_head": True}
     del inputs["position"]
-    outputs = model(**inputs)
     tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     images = sum(label.any() for batch in batches for label in batch.get("depth_labels", ()))
-    loss = outputs.depth_loss / images.clamp(min=1)
+    outputs = model(**inputs, depth_scale=2 / images.clamp(min=1))  # of two ranks, as the trainer does
+    loss = outputs.depth_loss
     if outputs.log_probs is not None:
-        loss = loss - outputs.log_probs.sum() / tokens
-    (2 * loss).backward()
+        loss = loss - 2 * outputs.log_probs.sum() / tokens
+    loss.backward()
     return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}, []
 
 

@@ -1,6 +1,7 @@
 """A trainer that is given its batches, the same losses by hand, and gradients to compare them by."""
 
 import functools
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -115,15 +116,17 @@ def naive_losses(model, batches, beta=1.0, text=True):
     tokens, token_count, images = 0.0, 0, []
     for batch in batches:
         inputs = {key: batch[key] for key in batch if key not in ("labels", "depth_labels", "position")}
-        outputs = model(**inputs)
+        seen = SimpleNamespace()
+        logits = model.lm_head(model.model(**inputs, seen=seen, output_hidden_states=True).last_hidden_state)
         targets = batch["labels"][:, 1:]
         tokens = tokens + F.cross_entropy(
-            outputs.logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+            logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
         )
         token_count += int((targets != -100).sum())
-        for depth, label in zip(outputs.predicted_depth, batch.get("depth_labels", ()), strict=False):
+        for (features, grid), label in zip(model.depth_features(seen), batch.get("depth_labels", ()), strict=False):
             if not label.any():
                 continue
+            depth = model.depth_head(features, grid)[0]
             if depth.shape != label.shape:
                 depth = F.interpolate(depth[None, None], size=label.shape, mode="bilinear", align_corners=True)[0, 0]
             d = depth[label > 0].log() - label[label > 0].log()
