@@ -1,0 +1,48 @@
+"""Depth Anything V2's metric checkpoints (Yang et al., "Depth Anything V2", NeurIPS 2024), through transformers:
+`depth_anything_v2:depth-anything/Depth-Anything-V2-Metric-{Indoor,Outdoor}-{Small,Base,Large}-hf`.
+
+The head is a sigmoid times `max_depth` (20 m indoors, 80 m outdoors), so the sky gets that depth; it needs no focal
+length. The encoder's other checkpoints answer relative depth and are refused.
+"""
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, DepthAnythingForDepthEstimation
+
+from ..contestant import Contestant
+
+
+class DepthAnythingV2(Contestant):
+    title = "Depth Anything V2"
+    dense = True
+    model_types = ("depth_anything",)
+
+    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type not in self.model_types:
+            raise ValueError(
+                f"{checkpoint} is a {config.model_type!r} model, not Depth Anything; try pipeline:{checkpoint}"
+            )
+        if config.depth_estimation_type != "metric":
+            raise ValueError(
+                f"{checkpoint} answers {config.depth_estimation_type} depth, not metres; "
+                "pass one of depth-anything/Depth-Anything-V2-Metric-*-hf"
+            )
+        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
+        self.model = DepthAnythingForDepthEstimation.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        self.model.to(device).eval()
+
+    @torch.inference_mode()
+    def maps(self, queries):
+        maps = [None] * len(queries)
+        for size in {query.image.size for query in queries}:  # the processor keeps the aspect: only equals stack
+            rows = [row for row, query in enumerate(queries) if query.image.size == size]
+            inputs = self.processor([queries[row].image for row in rows], return_tensors="pt")
+            outputs = self.model(**inputs.to(self.model.device, self.model.dtype))
+            outputs.predicted_depth = outputs.predicted_depth.float()
+            depths = self.processor.post_process_depth_estimation(outputs, [size[::-1]] * len(rows))
+            for row, depth in zip(rows, depths, strict=True):
+                maps[row] = depth["predicted_depth"].numpy(force=True)
+        return maps
+
+
+CONTESTANT = DepthAnythingV2

@@ -1,0 +1,45 @@
+"""Depth Pro (Bochkovskii et al., "Depth Pro", ICLR 2025), through transformers: `depth_pro:apple/DepthPro-hf`.
+
+Metres come from the field of view that the model itself predicts, not from the camera's focal length: its canonical
+inverse depth times width / focal length, inverted and held within 0.1 mm and 10 km.
+"""
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, DepthProForDepthEstimation
+from transformers.utils import is_torchvision_available
+
+from ..contestant import Contestant, NotRunnable
+
+
+class DepthPro(Contestant):
+    title = "Depth Pro"
+    dense = True
+    model_types = ("depth_pro",)
+
+    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type not in self.model_types:
+            raise ValueError(f"{checkpoint} is a {config.model_type!r} model, not Depth Pro; try pipeline:{checkpoint}")
+        if not config.use_fov_model:
+            raise ValueError(f"{checkpoint} predicts no field of view, hence no metres; pass apple/DepthPro-hf")
+        if not is_torchvision_available():
+            raise NotRunnable(
+                "transformers prepares images for Depth Pro with torchvision alone: pip install torchvision"
+            )
+        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
+        self.model = DepthProForDepthEstimation.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        self.model.to(device).eval()
+
+    @torch.inference_mode()
+    def maps(self, queries):
+        inputs = self.processor([query.image for query in queries], return_tensors="pt")
+        outputs = self.model(**inputs.to(self.model.device, self.model.dtype))
+        outputs.predicted_depth = outputs.predicted_depth.float()
+        outputs.field_of_view = outputs.field_of_view.float()
+        # Without sizes the answer would be canonical, not metric.
+        sizes = [query.image.size[::-1] for query in queries]
+        depths = self.processor.post_process_depth_estimation(outputs, target_sizes=sizes)
+        return [depth["predicted_depth"].numpy(force=True) for depth in depths]
+
+
+CONTESTANT = DepthPro

@@ -1,0 +1,45 @@
+"""UniDepth V1 and V2 (Piccinelli et al., CVPR 2024; 2025), through the authors' package:
+`unidepth:lpiccinelli/unidepth-v1-{vitl14,cnvnxtl}`, `unidepth:lpiccinelli/unidepth-v2-{vits14,vitb14,vitl14}`.
+
+It is not told the camera, which it predicts. It answers z at the image's own size. V2 runs under float16 autocast on
+a GPU, whatever the dtype.
+"""
+
+import numpy as np
+import torch
+
+from ..contestant import Contestant, NotRunnable
+
+
+class UniDepth(Contestant):
+    title = "UniDepth"
+    dense = True
+
+    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+        name = checkpoint.rstrip("/").split("/")[-1].lower()
+        versions = [version for version in ("V1", "V2") if version.lower() in name.split("-")]
+        if len(versions) != 1:
+            raise ValueError(
+                f"{name!r} does not name its version; pass lpiccinelli/unidepth-v2-vitl14 or a folder so named"
+            )
+        self.title = f"UniDepth {versions[0]}"
+        if dtype != "float32":
+            raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
+        try:
+            from unidepth import models
+        except ImportError as error:
+            raise NotRunnable(
+                f"UniDepth is missing ({error}): pip install git+https://github.com/lpiccinelli-eth/UniDepth"
+            ) from error
+        self.model = getattr(models, f"UniDepth{versions[0]}").from_pretrained(checkpoint).to(device).eval()
+
+    @torch.inference_mode()
+    def maps(self, queries):
+        return [self.map(np.array(query.image)) for query in queries]
+
+    def map(self, rgb):
+        depth = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["depth"]
+        return depth[0, 0].float().numpy(force=True)
+
+
+CONTESTANT = UniDepth
