@@ -132,7 +132,7 @@ def create_processor(tokenizer) -> DepthVLMProcessor:
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
-        size={"shortest_edge": 4096, "longest_edge": 307200},
+        size={"shortest_edge": 4096, "longest_edge": 320 * 240},  # px; more would double the training time
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )

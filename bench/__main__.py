@@ -1,6 +1,7 @@
 """Command line of the benchmark: `python -m bench COMMAND --help`."""
 
 import argparse
+import re
 import sys
 import textwrap
 from concurrent.futures.process import BrokenProcessPool
@@ -123,6 +124,11 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
+    parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
+    asked = parser.add_argument_group("openai:MODEL, any compatible endpoint (key: OPENAI_API_KEY)")
+    asked.add_argument("--requests-per-minute", type=positive, default=60, metavar="N", help="of each process")
+    asked.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens")
+    asked.add_argument("--yes", action="store_true", help="ask; without it, only the estimate is printed")
     parser.set_defaults(run=run_evaluate)
 
 
@@ -134,8 +140,19 @@ def run_evaluate(args) -> int:
     name, checkpoint = evaluate.find_contestant(args.model)
     sources = tuple(evaluate.open_sources(args.data, args.sources))
     asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
-    contestant = contestants.get(name)(checkpoint, device=str(PartialState().device), dtype=args.dtype)
-    out = args.out or Path("results") / args.model.strip("/").replace("/", "_").replace(":", "_")
+    out = args.out or Path("results") / re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.")
+    state, settings = PartialState(), {}
+    if name == "openai":
+        settings = {"cache": out / "replies", "requests_per_minute": args.requests_per_minute}
+        settings["price_per_million"] = args.price
+    contestant = contestants.get(name)(checkpoint, device=str(state.device), dtype=args.dtype, **settings)
+    if name == "openai" and state.is_main_process:
+        print(contestant.estimate(*evaluate.size(asked)))
+    if name == "openai" and not args.yes:
+        print("nothing was asked; add --yes to ask, --max-points N to ask less")
+        return 0
+    if args.save_marked and state.is_main_process:
+        evaluate.save_marked(asked, contestant, out / "marked", args.save_marked)
     summary = evaluate.evaluate(asked, contestant, out, args.batch_size)
     if summary:
         for source, scored in summary["sources"].items():

@@ -25,7 +25,7 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from . import contestants, metrics
+from . import contestants, metrics, vlm
 from .contestant import Contestant, Query
 from .depthvlm_bench import GROUPS, VERSION
 from .geometry import change_grid, ray_per_z
@@ -286,6 +286,22 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
             bar.update()
     state.wait_for_everyone()
     return summarise(run, contestant, opened, chunks, out) if state.is_main_process else None
+
+
+def size(run: Run) -> tuple[int, int]:
+    """Number of images and of points that a run scores."""
+    kept = points_of(run, open_sources(run.data, list(run.sources)))
+    return sum(map(len, kept.values())), sum(len(points) for own in kept.values() for points in own)
+
+
+def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> None:
+    """Pictures of the points of the first `images` images, as the contestant is shown them."""
+    if contestant.dense:
+        raise ValueError(f"{contestant.title} is not shown marked images; leave --save-marked out")
+    opened = open_sources(run.data, list(run.sources))
+    kept = points_of(run, opened)
+    queries = [query for name, rows in opened.items() for query in read_chunk(rows, 0, kept[name])[1]]
+    vlm.save_marked(queries[:images], folder, getattr(contestant, "questions", vlm.questions))
 
 
 def ahead(futures: Iterator) -> Iterator:

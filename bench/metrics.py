@@ -93,7 +93,8 @@ def boundary_f1(prediction: np.ndarray, depth: np.ndarray) -> float:
     than a factor t. At each t, precision and recall are means over the four directions (0 for a direction without any
     boundary), and F1 is made of the two means; the result is the mean of ten t from 1.05 to 1.25, weighted by t. No
     scale of the prediction changes it. Pairs of pixels without ground truth are left out; a pair without an answer
-    is no predicted boundary. A map without boundaries scores 0, as in the definition.
+    is no predicted boundary. NaN where the ground truth has no boundary at any t (the definition says 0 there, which
+    no prediction could better).
     """
     prediction, depth = checked_maps(prediction, depth)
     prediction = np.where(is_answer(prediction), prediction, np.nan)
@@ -105,6 +106,8 @@ def boundary_f1(prediction: np.ndarray, depth: np.ndarray) -> float:
 
     pairs = [(p[np.isfinite(d)], d[np.isfinite(d)]) for p, d in zip(steps(prediction), steps(depth), strict=True)]
     thresholds = np.linspace(1.05, 1.25, 10)
+    if not any((d > thresholds[0]).any() for _, d in pairs):
+        return math.nan
     values = []
     for threshold in thresholds:
         precision = recall = 0.0
@@ -194,4 +197,4 @@ def mean(values: np.ndarray) -> float:
 
 
 def harmonic_mean(precision: float, recall: float) -> float:
-    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
