@@ -406,3 +406,28 @@ def test_a_corrected_import_reads_again(tmp_path, capsys):
     command = ["import", str(SHARED / "ibims1/annotations.jsonl"), "--source", "ibims1", "--out", str(tmp_path)]
     assert main([*command, "--images", str(SHARED / "ibims1/rgb")]) == 2
     assert main([*command, "--images", str(SHARED / "ibims1")]) == 0
+
+
+# Endpoints
+
+
+def test_an_endpoint_is_not_asked_before_its_estimate_is_accepted(bench, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    command = ["evaluate", "--model", "openai:some", "--data", str(bench), "--out", str(tmp_path / "out")]
+    assert main([*command, "--max-points", "30", "--price", "2", "10"]) == 0
+    said = capsys.readouterr().out
+    assert "30 requests to some about 57 images" in said and "nothing was asked; add --yes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_marked_pictures_are_saved_for_a_look(bench, tmp_path):
+    class Speaker(Unloaded):
+        title, dense = "Speaker", False
+
+    asked = Run("test:it", str(bench), ("alpha", "beta"))
+    evaluate.save_marked(asked, Speaker(), tmp_path, 1)
+    points = all_rows(bench, "alpha")[0]["points_u"]
+    pictures = list(tmp_path.glob("*.png"))
+    assert 0 < len(pictures) <= len(points)
+    with pytest.raises(ValueError, match="is not shown marked images"):
+        evaluate.save_marked(asked, Constant("2.0"), tmp_path, 1)

@@ -1,0 +1,11 @@
+"""SpaceLLaVA (`remyxai/SpaceLLaVA`): through an endpoint of its own."""
+
+from ..vlm import Served
+
+
+class SpaceLLaVA(Served):
+    title = "SpaceLLaVA"
+    needs = "LLaVA's own code, or llama.cpp for its GGUF files"
+
+
+CONTESTANT = SpaceLLaVA
