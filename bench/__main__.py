@@ -8,6 +8,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from . import sources
+from .ablate import add_ablate
+from .report import add_report
+from .retention import add_retention
 from .source import BadFrame, Source
 
 
@@ -196,7 +199,7 @@ def summarise(record: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench", description="DepthVLM-Bench: 13 depth data sets, one schema")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_sources, add_check, add_build, add_import, add_evaluate):
+    for add in (add_sources, add_check, add_build, add_import, add_evaluate, add_report, add_ablate, add_retention):
         add(commands)
     args = parser.parse_args(argv)
     try:

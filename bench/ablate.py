@@ -1,0 +1,333 @@
+"""Tables 4 to 7 of the paper in miniature: `python -m bench ablate --out DIR`.
+
+Each row is a file of configs/ablations: what it changes of the tiny model and of its stages of training. All rows of a
+seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ROOT / "configs" / "ablations"
+TITLES = {
+    4: "depth heads",
+    5: "feature sources",
+    6: "stages of training",
+    7: "focal-length normalization",
+}
+PAPER_SETS = ("Waymo", "NuScenes", "sunRGBD", "IBims-1")
+PAPER_VQA = ("MMB-EN", "MMStar", "BLINK", "OCRBench")
+KEYS = {"tables", "paper", "paper_vqa", "config", "stages", "stage1", "stage2", "focal_normalization"}
+MOST_HELD_OUT = 500  # frames
+# metrics of the trainer's JSON files -> their names here
+METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": "questions"}
+
+
+def add_ablate(commands) -> None:
+    from .__main__ import positive
+
+    parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
+    parser.add_argument("--scale", choices=("tiny",), default="tiny", help="size of the model")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
+    parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TITLES), default=list(TITLES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run of every row each")
+    parser.add_argument("--steps", type=positive, metavar="N", help="of every stage; default: as configs/tiny_*.yaml")
+    parser.add_argument("--frames", type=positive, default=12000, metavar="N", help="trained on; a tenth is held out")
+    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that draw the frames")
+    parser.set_defaults(run=run_ablate)
+
+
+def run_ablate(args) -> int:
+    changes = {"max_steps": args.steps} if args.steps else {}
+    rows = read_rows()
+    results = ablate(args.out, rows, args.tables, args.seeds, args.frames, changes, args.num_proc)
+    print(write_tables(args.out, rows, results, args.tables, args.frames, changes))
+    return 0
+
+
+# Rows
+
+
+def read_rows(folder: Path = ROWS) -> dict[str, dict]:
+    """name -> row, each the difference to ours.yaml put over it; see there for the keys."""
+    ours = yaml.safe_load((folder / "ours.yaml").read_text())
+    rows = {}
+    for file in sorted(folder.glob("*.yaml")):
+        row = yaml.safe_load(file.read_text())
+        if unknown := set(row) - KEYS:
+            raise ValueError(f"{file.name} has {', '.join(sorted(unknown))}; a row has {', '.join(sorted(KEYS))}")
+        if missing := {"tables", "paper"} - set(row):
+            raise ValueError(f"{file.name} has no {', '.join(sorted(missing))}; add it, as in ours.yaml")
+        merged = {"config": {}, "stage1": {}, "stage2": {}, "focal_normalization": True}
+        for key in ("config", "stage1", "stage2"):
+            merged[key] = ours.get(key, {}) | row.get(key, {})
+        merged |= {key: row.get(key, ours[key]) for key in ("tables", "paper", "stages")}
+        merged["paper_vqa"] = row.get("paper_vqa")
+        merged["focal_normalization"] = row.get("focal_normalization", True)
+        rows[file.stem] = merged
+    return rows
+
+
+def rows_of(rows: dict[str, dict], table: int) -> list[str]:
+    """Names of a table's rows, in the paper's order."""
+    return sorted(
+        (name for name in rows if table in rows[name]["tables"]), key=lambda n: rows[n]["tables"][table]["place"]
+    )
+
+
+# Runs
+
+
+def ablate(
+    out: Path, rows: dict[str, dict], tables: list[int], seeds: list[int], frames: int, changes: dict, num_proc: int = 1
+) -> dict[str, dict[int, dict]]:
+    """Train and score all rows of `tables`: name -> seed -> `delta1`, `abs_rel` and, of table 6, `questions`.
+
+    changes: of the trainer's arguments, in every stage. Runs lie in out/runs, named by what decides them: one that is
+    finished is not trained again, one that was cut short goes on, and rows that begin alike share their beginning.
+    """
+    out = Path(out).resolve()
+    names = sorted({name for table in tables for name in rows_of(rows, table)})
+    data = build_data(out / f"data-{frames}", frames, num_proc)
+    results = {name: {} for name in names}
+    with tqdm(total=len(names) * len(seeds), desc="rows", disable=None) as bar:
+        for seed in seeds:
+            pretrained = pretrain(out, data, seed, frames, changes)
+            for name in names:
+                row = rows[name]
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                results[name][seed] = run_row(out, data, row, pretrained, seed, frames, changes)
+                bar.update()
+    return results
+
+
+def build_data(folder: Path, frames: int, num_proc: int) -> Path:
+    """`frames` procedural frames to train on and a tenth as many to score on, built where they are missing."""
+    from . import build, sources
+
+    source = sources.get("procedural")
+    for split, count in (("train", frames), ("test", held_out(frames))):
+        reader = build.SourceReader(source, None, split)
+        build.write_split(folder, source, split, reader, *reader.plan(count), num_proc)
+    return folder
+
+
+def held_out(frames: int) -> int:
+    return min(MOST_HELD_OUT, math.ceil(frames / 10))
+
+
+def without_focal_lengths(data: Path, focal_length: float) -> Path:
+    """A copy of the data set in which every photo claims `focal_length` px: none is resized or scaled."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    copy = data.with_name(f"{data.name}-raw-{focal_length:g}")
+    if copy.exists():
+        return copy
+    begun = copy.with_suffix(".tmp")
+    shutil.rmtree(begun, ignore_errors=True)
+    shutil.copytree(data, begun)
+    for shard in begun.rglob("*.parquet"):
+        table = pq.read_table(shard)
+        for axis in ("fx", "fy"):
+            field = table.schema.field(axis)
+            column = pa.array([focal_length] * len(table), field.type)
+            table = table.set_column(table.schema.get_field_index(axis), field, column)
+        pq.write_table(table, shard)
+    begun.rename(copy)
+    return copy
+
+
+def pretrain(out: Path, data: Path, seed: int, frames: int, changes: dict) -> Path:
+    """The tiny model that all rows of a seed start from, trained on questions alone as configs/tiny_pretrain.yaml."""
+    import create_tiny
+
+    start = out / "runs" / f"start-seed{seed}"
+    if not (start / "finished.json").exists():
+        create_tiny.create(start, seed)
+        (start / "finished.json").write_text("{}")
+    return train(out, "pretrain", stage_settings("pretrain", start, data, seed, frames, {}, changes))
+
+
+def run_row(out: Path, data: Path, row: dict, pretrained: Path, seed: int, frames: int, changes: dict) -> dict:
+    folder = start_with_head(out, pretrained, row["config"], seed)
+    if not row["focal_normalization"]:
+        data = without_focal_lengths(data, json.loads((folder / "config.json").read_text())["canonical_focal_length"])
+    for stage in row["stages"]:
+        last = stage == row["stages"][-1]
+        own = row[stage] | {"eval_questions": held_out(frames) if last and 6 in row["tables"] else 0}
+        folder = train(out, stage, stage_settings(stage, folder, data, seed, frames, own, changes))
+    return json.loads((folder / "finished.json").read_text())
+
+
+def start_with_head(out: Path, pretrained: Path, config: dict, seed: int) -> Path:
+    """A pretrained tiny model with the configuration's fields `config` and an untrained head that they ask for."""
+    import torch
+
+    import local_package  # noqa: F401
+    from depthvlm.configuration_depthvlm import DepthVLMConfig
+    from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+    from depthvlm.processing_depthvlm import DepthVLMProcessor
+
+    folder = out / "runs" / f"head-{digest([pretrained.name, config, seed])}"
+    if (folder / "finished.json").exists():
+        return folder
+    base = DepthVLMForConditionalGeneration.from_pretrained(pretrained, dtype="float32", use_safetensors=True)
+    torch.manual_seed(seed)
+    model = DepthVLMForConditionalGeneration(DepthVLMConfig(**base.config.to_dict() | config))
+    model.generation_config = base.generation_config
+    weights = {name: value for name, value in base.state_dict().items() if not name.startswith("depth_head.")}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or any(not name.startswith("depth_head.") for name in missing):
+        raise ValueError(f"configuration {config} changes more than the depth head; leave other fields out of the row")
+    model.save_pretrained(folder)
+    processor = DepthVLMProcessor.from_pretrained(pretrained, trust_remote_code=False)
+    processor.canonical_focal_length = model.config.canonical_focal_length
+    processor.save_pretrained(folder)
+    (folder / "finished.json").write_text("{}")
+    return folder
+
+
+def stage_settings(stage: str, start: Path, data: Path, seed: int, frames: int, own: dict, changes: dict) -> dict:
+    """Arguments of train_sft.py: the tiny stage's file, the row's own and `changes` over it."""
+    settings = yaml.safe_load((ROOT / "configs" / f"tiny_{stage}.yaml").read_text()) | own | changes
+    for mix in ("datasets", "eval_datasets"):
+        settings[mix] = [source | {"path": str(data)} for source in settings[mix]]
+    limits = {"max_eval_samples": held_out(frames), "save_total_limit": 2, "disable_tqdm": True}
+    return settings | limits | {"model_name_or_path": str(start), "seed": seed}
+
+
+def train(out: Path, stage: str, settings: dict) -> Path:
+    """The folder of a finished run of train_sft.py; finished.json in it holds its scores. Raises ChildProcessError."""
+    named = settings | {"model_name_or_path": Path(settings["model_name_or_path"]).name}
+    for mix in ("datasets", "eval_datasets"):  # a folder that was moved stays the same run
+        named[mix] = [source | {"path": Path(source["path"]).name} for source in named[mix]]
+    folder = out / "runs" / f"{stage}-{digest(named)}"
+    if (folder / "finished.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "arguments.yaml"
+    config.write_text(yaml.safe_dump(settings | {"output_dir": str(folder)}))
+    command = [sys.executable, "train_sft.py", "--config", str(config)]
+    if list(folder.glob("checkpoint-*/data_position_0.json")):
+        command += ["--resume_from_checkpoint", "last"]
+    with open(folder / "train.log", "a") as log:
+        # OpenMP's threads otherwise burn what data workers need
+        environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+        status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+    if status:
+        raise ChildProcessError(f"{' '.join(command)} ended with status {status}; read {folder / 'train.log'}")
+    scores = {}
+    for file in ("eval_results.json", "questions_results.json"):
+        if (folder / file).exists():
+            found = json.loads((folder / file).read_text())
+            scores |= {METRICS[name]: value for name, value in found.items() if name in METRICS}
+    if settings.get("depth_weight") != 0 and not {"delta1", "abs_rel"} <= scores.keys():
+        raise ValueError(f"{folder / 'eval_results.json'} has no delta1 and abs_rel; delete the folder and run again")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (folder / "finished.json").write_text(json.dumps(scores))
+    return folder
+
+
+def digest(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+# Tables
+
+
+def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames: int, changes: dict) -> str:
+    """Write out/ablations.md and out/tableN.csv; returns the Markdown. results: as `ablate` returns them."""
+    seeds = sorted(next(iter(results.values())))
+    steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the tiny configurations' own steps"
+    text = [
+        "# Tables 4 to 7 of the paper, in miniature\n",
+        f"A tiny model on `procedural`: {frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel "
+        f"are the trainer's: over the labelled pixels of each of {held_out(frames)} held-out frames, on the grid that "
+        "the model predicts, then over the frames. Mean ± sample standard deviation over seeds. The paper's columns "
+        "are its 4B model's on other data: only the order of rows can be compared. All rows of a seed start from one "
+        "tiny model that was trained on questions alone; after that its vision tower is frozen, unless the row says "
+        "otherwise.",
+    ]
+    for table in tables:
+        names = rows_of(rows, table)
+        records = [record(rows[name], table, results[name]) for name in names]
+        with open(out / f"table{table}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+        text += [f"\n## Table {table}: {TITLES[table]}\n", markdown(records)]
+        if table == 7:
+            text.append(
+                "\nThe tiny model's canonical focal length is a fifth of the paper's: 500, 1000 and 1500 px are 100, "
+                "200 and 300 px here. The common start was trained at 200 px. Raw: photos at their own size."
+            )
+        text.append("\n" + order(records))
+    text = "\n".join(text) + "\n"
+    (out / "ablations.md").write_text(text)
+    return text
+
+
+def record(row: dict, table: int, by_seed: dict[int, dict]) -> dict:
+    """A row of a table: the paper's numbers, means and spreads, and each seed's."""
+    found = {"row": row["tables"][table]["title"]}
+    found |= {f"paper {name}": value for name, value in zip(PAPER_SETS, row["paper"], strict=True)}
+    found["paper mean"] = round(statistics.mean(row["paper"]), 4)
+    metrics = ["delta1", "abs_rel"]
+    if table == 6:
+        found |= {f"paper {name}": value for name, value in zip(PAPER_VQA, row["paper_vqa"], strict=True)}
+        metrics.append("questions")
+    for metric in metrics:
+        values = [by_seed[seed][metric] for seed in sorted(by_seed)]
+        found[metric] = statistics.mean(values)
+        found[f"{metric} spread"] = statistics.stdev(values) if len(values) > 1 else None
+        found |= {f"{metric} seed {seed}": by_seed[seed][metric] for seed in sorted(by_seed)}
+    return found
+
+
+def markdown(records: list[dict]) -> str:
+    """The paper's columns first, then what was measured here."""
+    titles = {"delta1": "δ1", "abs_rel": "AbsRel", "questions": "questions right"}
+    paper = [key for key in records[0] if key.startswith("paper ")]
+    here = [key for key in titles if key in records[0]]
+    lines = ["| Row | " + " | ".join([*paper, *(f"**here: {titles[key]}**" for key in here)]) + " |"]
+    lines.append("|---|" + "---:|" * (len(paper) + len(here)))
+    for row in records:
+        cells = [row["row"], *(f"{row[key]:.3f}" if row[key] < 1 else f"{row[key]:g}" for key in paper)]
+        for key in here:
+            spread = row[f"{key} spread"]
+            cells.append(f"{row[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def order(records: list[dict]) -> str:
+    """Whether the rows stand in the paper's order by δ1, and what of that the spread over seeds leaves open."""
+
+    def ranked(key):
+        return "; ".join(row["row"] for row in sorted(records, key=lambda row: -row[key]))
+
+    pairs = list(combinations(records, 2))
+    alike = sum((a["delta1"] - b["delta1"]) * (a["paper mean"] - b["paper mean"]) > 0 for a, b in pairs)
+    came_out = f"The paper's order of rows {'came' if alike == len(pairs) else 'did not come'} out: "
+    text = (
+        f"Best δ1 first, here: {ranked('delta1')}. In the paper, by the mean of its four sets: {ranked('paper mean')}. "
+        f"{came_out}{alike} of {len(pairs)} pairs of rows stand as in the paper."
+    )
+    if any(row["delta1 spread"] is None for row in records):
+        return f"{text} One seed says nothing about spread."
+    close = sum(abs(a["delta1"] - b["delta1"]) <= max(a["delta1 spread"], b["delta1 spread"]) for a, b in pairs)
+    return f"{text} {close} pairs differ by no more than the spread over seeds."
