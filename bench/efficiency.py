@@ -11,6 +11,7 @@ import os
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,37 @@ def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats
     }
 
 
+def evaluation_overhead(checkpoint: str, data: str) -> dict:
+    """`python -m bench evaluate` in this process against the sum of its forward times, over all points of `data`."""
+    from . import evaluate
+    from .contestants.depthvlm import DepthVLM
+
+    contestant, seconds = DepthVLM(checkpoint), []
+    forward = contestant.model.forward
+
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        outputs = forward(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return outputs
+
+    contestant.model.forward = timed
+    run = evaluate.Run(checkpoint, data, tuple(evaluate.open_sources(data, None)))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        summary = evaluate.evaluate(run, contestant, Path(folder))
+        whole = time.perf_counter() - start
+    images = sum(source["images"] for source in summary["sources"].values())
+    return {
+        "images": images,
+        "images_per_second": images / whole,
+        "seconds": whole,
+        "forward_seconds": sum(seconds),
+        "overhead": whole / sum(seconds) - 1,
+        "machine": machine("cpu"),
+    }
+
+
 def machine(device: str) -> dict:
     """Versions and the processor that was measured."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -306,11 +338,15 @@ def main(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--train", action="store_true", help="a stage-1 step instead; give few --layers, say 3")
     parser.add_argument("--images", type=int, default=2, help="of a --train step")
+    parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     sizes = {"repeats": options.repeats, "new_tokens": options.new_tokens, "grid": tuple(options.grid)}
     if min(options.repeats, options.new_tokens, *options.grid) < 1:
         parser.error(f"got {sizes}; each must be at least 1")
+    if options.evaluate:
+        print(json.dumps(evaluation_overhead(*options.evaluate), indent=1))
+        return
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
         grid, dtype = tuple(options.grid), getattr(torch, options.dtype)

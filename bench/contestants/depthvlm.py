@@ -18,7 +18,7 @@ class DepthVLM(Contestant):
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
         dtype = getattr(torch, dtype)
         self.model = DepthVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
-        self.processor = DepthVLMProcessor.from_pretrained(checkpoint)
+        self.processor = DepthVLMProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
     @torch.inference_mode()
     def maps(self, queries):
