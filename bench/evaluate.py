@@ -20,6 +20,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import torch
 import transformers
 from PIL import Image
@@ -347,7 +348,7 @@ def write_part(file: Path, records: list[dict], mode: str) -> None:
         part = datasets.Dataset.from_dict(columns, features=POINT_FEATURES)
     else:
         part = datasets.Dataset.from_list(records)
-    part.to_parquet(file.with_suffix(f".{os.getpid()}"))
+    pyarrow.parquet.write_table(part.data.table, file.with_suffix(f".{os.getpid()}"))
     file.with_suffix(f".{os.getpid()}").replace(file)
 
 
