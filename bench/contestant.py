@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor
 
 
 class NotRunnable(ValueError):
@@ -67,3 +68,24 @@ class Contestant:
     def answers(self, queries: list[Query]) -> list[list[Answer]]:
         """One `Answer` for each of each query's points."""
         raise NotImplementedError
+
+
+class DepthModel(Contestant):
+    """A metric depth model of transformers: `model_class`, whose config is checked before its weights are read."""
+
+    dense = True
+    model_class: ClassVar[type]
+
+    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+        config = AutoConfig.from_pretrained(checkpoint)
+        if config.model_type not in self.model_types:
+            raise ValueError(
+                f"{checkpoint} is a {config.model_type!r} model, not {self.title}; try pipeline:{checkpoint}"
+            )
+        self.check(checkpoint, config)
+        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
+        self.model = self.model_class.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
+        self.model.to(device).eval()
+
+    def check(self, checkpoint: str, config) -> None:
+        """Raise ValueError for a checkpoint without metres, NotRunnable for what is not installed."""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from transformers.models.zoedepth import image_processing_pil_zoedepth
 
-from bench import contestants
+from bench import contestant, contestants
 from bench.contestant import NotRunnable, Query
 from bench.contestants import depth_pro
 
@@ -253,7 +253,7 @@ class DepthProProcessor:
 def torchvision(monkeypatch):
     monkeypatch.setattr(depth_pro, "is_torchvision_available", lambda: True)
     loader = types.SimpleNamespace(from_pretrained=lambda checkpoint: DepthProProcessor())
-    monkeypatch.setattr(depth_pro, "AutoImageProcessor", loader)
+    monkeypatch.setattr(contestant, "AutoImageProcessor", loader)
 
 
 def test_depth_pro_is_transformers_own_answer(tmp_path, torchvision):

@@ -6,30 +6,22 @@ length. The encoder's other checkpoints answer relative depth and are refused.
 """
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, DepthAnythingForDepthEstimation
+from transformers import DepthAnythingForDepthEstimation
 
-from ..contestant import Contestant
+from ..contestant import DepthModel
 
 
-class DepthAnythingV2(Contestant):
+class DepthAnythingV2(DepthModel):
     title = "Depth Anything V2"
-    dense = True
     model_types = ("depth_anything",)
+    model_class = DepthAnythingForDepthEstimation
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in self.model_types:
-            raise ValueError(
-                f"{checkpoint} is a {config.model_type!r} model, not Depth Anything; try pipeline:{checkpoint}"
-            )
+    def check(self, checkpoint, config):
         if config.depth_estimation_type != "metric":
             raise ValueError(
                 f"{checkpoint} answers {config.depth_estimation_type} depth, not metres; "
                 "pass one of depth-anything/Depth-Anything-V2-Metric-*-hf"
             )
-        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
-        self.model = DepthAnythingForDepthEstimation.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        self.model.to(device).eval()
 
     @torch.inference_mode()
     def maps(self, queries):

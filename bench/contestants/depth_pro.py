@@ -5,30 +5,24 @@ inverse depth times width / focal length, inverted and held within 0.1 mm and 10
 """
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, DepthProForDepthEstimation
+from transformers import DepthProForDepthEstimation
 from transformers.utils import is_torchvision_available
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import DepthModel, NotRunnable
 
 
-class DepthPro(Contestant):
+class DepthPro(DepthModel):
     title = "Depth Pro"
-    dense = True
     model_types = ("depth_pro",)
+    model_class = DepthProForDepthEstimation
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in self.model_types:
-            raise ValueError(f"{checkpoint} is a {config.model_type!r} model, not Depth Pro; try pipeline:{checkpoint}")
+    def check(self, checkpoint, config):
         if not config.use_fov_model:
             raise ValueError(f"{checkpoint} predicts no field of view, hence no metres; pass apple/DepthPro-hf")
         if not is_torchvision_available():
             raise NotRunnable(
                 "transformers prepares images for Depth Pro with torchvision alone: pip install torchvision"
             )
-        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
-        self.model = DepthProForDepthEstimation.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        self.model.to(device).eval()
 
     @torch.inference_mode()
     def maps(self, queries):

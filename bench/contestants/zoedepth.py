@@ -9,24 +9,16 @@ import math
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoImageProcessor, ZoeDepthForDepthEstimation
+from transformers import ZoeDepthForDepthEstimation
 
-from ..contestant import Contestant
+from ..contestant import DepthModel
 
 
-class ZoeDepth(Contestant):
+class ZoeDepth(DepthModel):
     title = "ZoeDepth"
-    dense = True
     batch_safe = False
     model_types = ("zoedepth",)
-
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in self.model_types:
-            raise ValueError(f"{checkpoint} is a {config.model_type!r} model, not ZoeDepth; try pipeline:{checkpoint}")
-        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
-        self.model = ZoeDepthForDepthEstimation.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        self.model.to(device).eval()
+    model_class = ZoeDepthForDepthEstimation
 
     @torch.inference_mode()
     def maps(self, queries):
