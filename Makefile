@@ -1,4 +1,5 @@
-# make demo: depth of the sample images, and its score on held-out frames.  make test: everything that CI runs.  make tiny: trains the tiny checkpoint.
+# make demo: depth of the sample images, and the checkpoint's score on held-out frames.
+# make test: everything that CI runs.  make tiny: trains the tiny checkpoint.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest

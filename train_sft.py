@@ -111,7 +111,7 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
         seen = SimpleNamespace()  # made here: DDP and FSDP would hand on a copy
         if isinstance(self.depth_head, FSDPModule):
             raise ValueError(
-                "FSDP2 has sharded the depth head by itself, but ranks call it once a size of image, so they would "
+                "FSDP2 has sharded the depth head by itself, but ranks call it once a labelled image, so they would "
                 "wait for each other; set fsdp_transformer_layer_cls_to_wrap without it, as configs/fsdp2.yaml does"
             )
         zero = connected_zero(self, has_images=kwargs.get("pixel_values") is not None)
@@ -123,12 +123,10 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
         else:
             with torch.no_grad():
                 self.base_model(*args, seen=seen, **kwargs)
-        images = self.depth_features(seen) if any((label > 0).any() for label in depth_labels) else []
-        labelled = [
-            (features, grid, label)
-            for (features, grid), label in zip(images, depth_labels, strict=bool(images))
-            if (label > 0).any()
-        ]
+        has_label = [bool((label > 0).any()) for label in depth_labels]
+        images = self.depth_features(seen) if any(has_label) else []
+        pairs = zip(images, depth_labels, strict=bool(images))
+        labelled = [(*image, label) for (image, label), has in zip(pairs, has_label, strict=False) if has]
         trained = [parameter for parameter in self.depth_head.parameters() if parameter.requires_grad]
         if not labelled:
             zero = zero + sum(0 * parameter.sum() for parameter in trained)
@@ -272,8 +270,10 @@ class DepthSFTTrainer(SFTTrainer):
         if not self.args.depth_weight:
             depth_labels = []
         in_training = self.model.training
-        labelled = sum(bool((label > 0).any()) for label in depth_labels)
-        depth_scale = self.args.depth_weight * (self.depth_scale if in_training else 1 / max(labelled, 1))
+        if in_training:
+            depth_scale = self.args.depth_weight * self.depth_scale
+        else:
+            depth_scale = self.args.depth_weight / max(sum(bool((label > 0).any()) for label in depth_labels), 1)
         outputs = None
 
         def call(**kwargs):  # TRL calls the model once

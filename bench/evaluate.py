@@ -30,8 +30,8 @@ from . import contestants, metrics, vlm
 from .contestant import Contestant, Query
 from .depthvlm_bench import GROUPS, VERSION
 from .geometry import change_grid, ray_per_z
+from .report import FORMAT
 
-FORMAT = "depthvlm-bench-results/1"
 CHUNK = 16  # rows of a source that are finished together
 MODES = ("points", "dense")
 CANONICAL_FOCAL_LENGTH = 1000  # px, of the released scorer
@@ -132,12 +132,23 @@ def read_query(row: dict) -> Query:
     return Query(f"{row['source']}/{row['split']}/{row['id']}", row["image"].convert("RGB"), intrinsics, points)
 
 
-def chosen_points(rows: datasets.Dataset, first: int, step: float) -> list[np.ndarray]:
-    """Which points of each row are scored: every `step`-th of all, `first` being the number before this source."""
-    counts = [len(u) for u in rows.select_columns(["points_u"])["points_u"]]
-    starts = first + np.concatenate([[0], np.cumsum(counts)]).astype(int)
-    numbers = [np.arange(start, start + count) for start, count in zip(starts, counts, strict=False)]
-    return [np.flatnonzero(np.floor((n + 1) / step) > np.floor(n / step)) for n in numbers]
+def points_of(run: Run, opened: dict[str, datasets.Dataset]) -> dict[str, list[np.ndarray]]:
+    """Which points of each row of each source are scored: with `max_points`, evenly spread over all of them."""
+    if run.mode == "dense":
+        return {name: [np.zeros(0, int)] * len(rows) for name, rows in opened.items()}
+    counts = {name: [len(u) for u in rows.select_columns(["points_u"])["points_u"]] for name, rows in opened.items()}
+    for name, own in counts.items():
+        if not sum(own):
+            raise ValueError(f"{name} has no points; its test rows were not built by this benchmark: build them again")
+    step = max(1.0, sum(map(sum, counts.values())) / (run.max_points or math.inf))
+    kept, start = {}, 0
+    for name, own in counts.items():
+        kept[name] = []
+        for count in own:
+            numbers = np.arange(start, start + count)
+            kept[name].append(np.flatnonzero(np.floor((numbers + 1) / step) > np.floor(numbers / step)))
+            start += count
+    return kept
 
 
 # A row -> its scores
@@ -286,7 +297,7 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
             write_part(part_file(out, chunk), records, run.mode)
             bar.update()
     state.wait_for_everyone()
-    return summarise(run, contestant, opened, chunks, out) if state.is_main_process else None
+    return summarise(run, contestant, kept, chunks, out) if state.is_main_process else None
 
 
 def size(run: Run) -> tuple[int, int]:
@@ -301,8 +312,9 @@ def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> 
         raise ValueError(f"{contestant.title} is not shown marked images; leave --save-marked out")
     opened = open_sources(run.data, list(run.sources))
     kept = points_of(run, opened)
-    queries = [query for name, rows in opened.items() for query in read_chunk(rows, 0, kept[name])[1]]
-    vlm.save_marked(queries[:images], folder, getattr(contestant, "questions", vlm.questions))
+    chunks = ((name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK))
+    queries = (query for name, start in chunks for query in read_chunk(opened[name], start, kept[name])[1])
+    vlm.save_marked(itertools.islice(queries, images), folder, getattr(contestant, "questions", vlm.questions))
 
 
 def ahead(futures: Iterator) -> Iterator:
@@ -312,19 +324,6 @@ def ahead(futures: Iterator) -> Iterator:
         following = next(futures, None)
         yield current
         current = following
-
-
-def points_of(run: Run, opened: dict[str, datasets.Dataset]) -> dict[str, list[np.ndarray]]:
-    """Which points of each row of each source are scored."""
-    if run.mode == "dense":
-        return {name: [np.zeros(0, int)] * len(rows) for name, rows in opened.items()}
-    totals = {name: sum(map(len, rows.select_columns(["points_u"])["points_u"])) for name, rows in opened.items()}
-    for name, total in totals.items():
-        if not total:
-            raise ValueError(f"{name} has no points; its test rows were not built by this benchmark: build them again")
-    step = max(1.0, sum(totals.values()) / (run.max_points or math.inf))
-    before = dict(zip(totals, itertools.accumulate(totals.values(), initial=0), strict=False))
-    return {name: chosen_points(rows, before[name], step) for name, rows in opened.items()}
 
 
 def read_chunk(dataset: datasets.Dataset, start: int, kept: list[np.ndarray]) -> tuple[list[dict], list[Query]]:
@@ -360,21 +359,20 @@ def write_json(file: Path, value: dict) -> None:
 # The summary
 
 
-def summarise(run: Run, contestant: Contestant, opened: dict, chunks: list, out: Path) -> dict:
+def summarise(run: Run, contestant: Contestant, kept: dict, chunks: list, out: Path) -> dict:
     """Join the parts in the data's order, write them and `summary.json`; refuse if the counts are not exact."""
     import pandas
 
     table = pandas.concat([pandas.read_parquet(part_file(out, chunk)) for chunk in chunks], ignore_index=True)
     table.to_parquet(out / ("predictions.parquet" if run.mode == "points" else "images.parquet"), index=False)
-    kept = points_of(run, opened)
     sources = {}
-    for name, rows in opened.items():
+    for name, points in kept.items():
         own = table[table.source == name]
-        expected = sum(map(len, kept[name])) if run.mode == "points" else len(rows)
+        expected = sum(map(len, points)) if run.mode == "points" else len(points)
         if len(own) != expected:
             raise ValueError(f"{out} has {len(own)} results of {expected} for {name}; remove its parts and run again")
         scored = of_points(own, run.as_released) if run.mode == "points" else of_images(own)
-        sources[name] = {"images": len(rows)} | scored
+        sources[name] = {"images": len(points)} | scored
     names = list(next(iter(sources.values()))["metrics"])
     summary = {
         "format": FORMAT,
