@@ -1,10 +1,13 @@
-"""What depth costs: `python -m bench.efficiency [--layers N] [--grid 29 39] [--output FILE.json]`.
+"""What depth costs: `python -m bench.efficiency [--peers] [--layers N] [--grid 29 39] [--output FILE.json]`.
 
 One model of Qwen3-VL-4B's sizes with random weights, one image, one process. Every ratio is between two contestants of
-the same run that took turns, so that drift of the machine hits both; it is the median over the rounds.
+the same run that took turns, so that drift of the machine hits both; it is the median over the rounds. `--peers` adds
+what else gives a depth map: the same VLM asked in words about one point after another, as DepthLM is, and depth models
+of the published sizes, each on the input that its checkpoint asks for. All times are of the models alone.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -20,7 +23,18 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    DepthProConfig,
+    DepthProForDepthEstimation,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    ZoeDepthConfig,
+    ZoeDepthForDepthEstimation,
+)
 from transformers.initialization import no_init_weights
 
 import local_package  # noqa: F401
@@ -33,6 +47,9 @@ ALTERNATIVE = {  # contestant -> what its ratio is against
     "head": "straightforward head",
     "generate with depth": "forward + generate",
 }
+OURS = "forward with depth"  # what peers' ratios are against
+ONE_POINT = "one point in words"
+POINT_TOKENS = 8  # of an answer like "3.27 meters"; DepthLM's own, with its thoughts, is many times longer
 
 
 def config_4b(layers: int = 36) -> DepthVLMConfig:
@@ -47,8 +64,12 @@ def config_4b(layers: int = 36) -> DepthVLMConfig:
 
 def random_model(config: DepthVLMConfig, dtype: torch.dtype, device: str) -> DepthVLMForConditionalGeneration:
     """A model with quickly made random weights, in `dtype` from the start: there is never a float32 copy."""
+    return with_random_weights(DepthVLMForConditionalGeneration, config, dtype, device)
+
+
+def with_random_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype, device: str):
     with no_init_weights(), torch.device(device):
-        model = DepthVLMForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
     # a prime length, so that no two rows of a matrix are equal
     block = torch.randn(1000003, generator=torch.Generator().manual_seed(0)).to(device, dtype)
@@ -119,6 +140,41 @@ def straightforward_head(head: DepthVLMDPTHead, features: list[torch.Tensor], gr
     return F.softplus(scratch.output_conv2(maps)).squeeze(1)
 
 
+def specialists() -> dict[str, tuple[type[PreTrainedModel], PreTrainedConfig, tuple[int, int]]]:
+    """Depth models at the sizes of their published checkpoints: class, config and the input (height, width) in px.
+
+    The input is what the checkpoint's processor makes of a photo of 4:3.
+    """
+    large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    dinov2 = large | {"model_type": "dinov2", "image_size": 518, "patch_size": 14, "reshape_hidden_states": False}
+    depth_anything = DepthAnythingConfig(
+        backbone_config=dinov2 | {"out_indices": [5, 12, 18, 24], "apply_layernorm": True},
+        reassemble_hidden_size=1024,
+        neck_hidden_sizes=[256, 512, 1024, 1024],
+        fusion_hidden_size=256,
+        depth_estimation_type="metric",
+        max_depth=20,
+    )
+    vit = large | {"model_type": "dinov2", "image_size": 384, "patch_size": 16}
+    depth_pro = DepthProConfig(image_model_config=vit, patch_model_config=vit, fov_model_config=vit, use_fov_model=True)
+    return {
+        "Depth Anything V2 Large": (DepthAnythingForDepthEstimation, depth_anything, (518, 686)),
+        "ZoeDepth": (ZoeDepthForDepthEstimation, ZoeDepthConfig(), (384, 512)),
+        "Depth Pro": (DepthProForDepthEstimation, depth_pro, (1536, 1536)),
+    }
+
+
+def peers(plain: Qwen3VLForConditionalGeneration, inputs: dict, dtype, device: str) -> dict[str, Callable]:
+    """What `--peers` adds to the contestants."""
+    answer = {"max_new_tokens": POINT_TOKENS, "min_new_tokens": POINT_TOKENS, "do_sample": False}
+    contestants = {ONE_POINT: lambda: plain.generate(**inputs, **answer)}
+    for name, (model_class, config, size) in specialists().items():
+        model = with_random_weights(model_class, config, dtype, device)
+        pixels = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(3)).to(device, dtype)
+        contestants[name] = functools.partial(model, pixels)
+    return contestants
+
+
 def measure(contestants: dict[str, Callable], repeats: int, device: str) -> tuple[dict, dict]:
     """Seconds of each contestant in each round, and what each returned. They take turns; a first round is a warm-up."""
 
@@ -144,13 +200,16 @@ def efficiency(
     repeats: int = 5,
     new_tokens: int = 8,
     device: str = "cpu",
+    with_peers: bool = False,
 ) -> dict:
     """
     Times prefill, its stages and generation for one image of `grid` tokens (rows, columns).
 
-    Returns `seconds` (all samples by contestant), `ratios` (median over the rounds, against `ALTERNATIVE`),
-    `head_float32_difference` (norm of the two heads' difference in float32, relative to the map's),
-    `same_logits` and `same_answer` (depth left the text as it was, bit for bit) and `machine`.
+    Returns `seconds` (all samples by contestant), `ratios` (median over the rounds, against `alternatives`),
+    `extrapolated` (seconds of a dense map by asking in words, one pixel of the depth head's map after another: never
+    measured, a point's median times the pixels), `head_float32_difference` (norm of the two heads' difference in
+    float32, relative to the map's), `same_logits` and `same_answer` (depth left the text as it was, bit for bit) and
+    `machine`.
     """
     model, inputs = random_model(config, dtype, device), random_inputs(config, grid, dtype, device)
     plain, head = plain_qwen3_vl(model), model.depth_head
@@ -177,19 +236,35 @@ def efficiency(
         "forward + generate": forward_and_generate,
         "generate with depth": lambda: model.generate(**inputs, **greedy, return_dict_in_generate=True),
     }
+    alternatives, extrapolated = dict(ALTERNATIVE), {}
+    if with_peers:
+        others = peers(plain, inputs, dtype, device)
+        contestants |= others
+        alternatives |= dict.fromkeys(others, OURS)
     seconds, results = measure(contestants, repeats, device)
+    if with_peers:
+        rows, columns = (side * head.pixels_per_token for side in grid)
+        name = f"a map of {columns} x {rows} points in words"
+        extrapolated[name] = statistics.median(seconds[ONE_POINT]) * rows * columns
     head, features = head.float(), [level.float() for level in features]
     ours, theirs = head(features, grid), straightforward_head(head, features, grid)
     return {
         "seconds": seconds,
-        "ratios": {
-            name: statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
-            for name, other in ALTERNATIVE.items()
-        },
+        "ratios": ratios(seconds, alternatives),
+        "alternatives": alternatives,
+        "extrapolated": extrapolated,
         "head_float32_difference": (torch.dist(ours, theirs) / theirs.norm()).item(),
         "same_logits": torch.equal(results["plain prefill"].logits, results["forward with depth"].logits),
         "same_answer": torch.equal(results["forward + generate"], results["generate with depth"].sequences),
         "machine": machine(device),
+    }
+
+
+def ratios(seconds: dict[str, list[float]], alternatives: dict[str, str]) -> dict[str, float]:
+    """Median over the rounds of each contestant's seconds over those of its alternative in the same round."""
+    return {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+        for name, other in alternatives.items()
     }
 
 
@@ -258,13 +333,14 @@ def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = pool.apply(peak_memory, (name, *sizes))
     seconds, results = measure(training_steps(*sizes), repeats, "cpu")
-    theirs, ours = seconds.values()
+    theirs, ours = seconds
     (their_loss, their_gradients), (loss, gradients) = results.values()
     return {
         "seconds": seconds,
         "peak_bytes": peaks,
-        "time_ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)),
-        "memory_ratio": peaks["stage-1 step"] / peaks["straightforward stage-1 step"],
+        "ratios": ratios(seconds, {ours: theirs}),
+        "alternatives": {ours: theirs},
+        "memory_ratio": peaks[ours] / peaks[theirs],
         "loss_difference": abs(loss - their_loss),
         "gradient_difference": (torch.dist(gradients, their_gradients) / their_gradients.norm()).item(),
         "machine": machine("cpu"),
@@ -323,8 +399,10 @@ def machine(device: str) -> dict:
 def table(report: dict) -> str:
     rows = [f"{'':24}{'seconds':>10}{'fastest':>10}{'ratio':>8}"]
     for name, samples in report["seconds"].items():
-        ratio = f"{report['ratios'][name]:8.3f} of {ALTERNATIVE[name]}" if name in ALTERNATIVE else ""
+        other = report["alternatives"].get(name)
+        ratio = f"{report['ratios'][name]:8.3f} of {other}" if other else ""
         rows.append(f"{name:24}{statistics.median(samples):10.3f}{min(samples):10.3f}{ratio}")
+    rows += [f"{name}: {seconds:.4g} s, extrapolated" for name, seconds in report["extrapolated"].items()]
     return "\n".join(rows)
 
 
@@ -336,6 +414,7 @@ def main(arguments=None):
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds, after one that is not")
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
     parser.add_argument("--train", action="store_true", help="a stage-1 step instead; give few --layers, say 3")
     parser.add_argument("--images", type=int, default=2, help="of a --train step")
     parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
@@ -356,7 +435,8 @@ def main(arguments=None):
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
         return
-    report |= efficiency(config_4b(options.layers), dtype=getattr(torch, options.dtype), device=options.device, **sizes)
+    sizes |= {"device": options.device, "with_peers": options.peers}
+    report |= efficiency(config_4b(options.layers), dtype=getattr(torch, options.dtype), **sizes)
     print(table(report))
     print(f"the heads differ by {report['head_float32_difference']:.1e} in float32, ", end="")
     print(f"same logits: {report['same_logits']}, same answer: {report['same_answer']}")

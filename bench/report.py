@@ -277,16 +277,22 @@ def efficiency_table(timings: dict | None, published: dict, records: list) -> li
     settings = {key: value for key, value in timings.items() if not isinstance(value, dict)}
     settings |= timings.get("machine", {})
     lines.append(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()) + "\n")
-    ratios, rows = timings.get("ratios", {}), []
+    ratios, others, rows = timings.get("ratios", {}), timings.get("alternatives", {}), []
     for kind, method in [("paper", row["method"]) for row in published.get("8", {}).get("rows", [])]:
         rows.append([kind, method, "-", "-", "-", "-"])
         records.append(record("", "efficiency", kind, method, "", "seconds", None))
     for name, samples in timings["seconds"].items():
         median = statistics.median(samples)
         rows.append(["measured", escape(name), f"{median:.4g}", f"{np.percentile(samples, 95):.4g}", len(samples)])
-        rows[-1].append(f"{ratios[name]:.3f}" if name in ratios else "-")
+        rows[-1].append(f"{ratios[name]:.3f} of {others.get(name, 'its alternative')}" if name in ratios else "-")
         records.append(record("", "efficiency", "measured", name, "", "seconds", median, len(samples)))
-    return [*lines, *markdown(["from", "what", "median s", "p95 s", "rounds", "ratio to its alternative"], rows)]
+    for name, seconds in timings.get("extrapolated", {}).items():
+        rows.append(["extrapolated", escape(name), f"{seconds:.4g}", "-", "-", "-"])
+        records.append(record("", "efficiency", "extrapolated", name, "", "seconds", seconds))
+    for name, peak in timings.get("peak_bytes", {}).items():
+        lines.append(f"Peak memory of {escape(name)}: {peak / 2**30:.2f} GiB.\n")
+        records.append(record("", "efficiency", "measured", name, "", "peak bytes", peak))
+    return [*lines, *markdown(["from", "what", "median s", "p95 s", "rounds", "ratio"], rows)]
 
 
 def record(protocol, table, kind, method, source, metric, value, count=None) -> dict:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from tiny import tiny_config, tiny_model
 
 from bench import efficiency
@@ -90,6 +91,32 @@ def test_sizes_are_qwen3_vl_4b():
     with torch.device("meta"):
         head = DepthVLMDPTHead(config)
     assert sum(parameter.numel() for parameter in head.parameters()) == pytest.approx(35.1e6, rel=2e-3)
+
+
+def test_specialists_have_the_published_sizes():
+    published = {"Depth Anything V2 Large": 335.3e6, "ZoeDepth": 345e6, "Depth Pro": 952e6}  # parameters
+    for name, (model_class, config, size) in efficiency.specialists().items():
+        with torch.device("meta"):
+            model = model_class(config)
+            depth = model(torch.zeros(1, 3, *size)).predicted_depth if name != "Depth Pro" else None
+        assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
+            published.pop(name), rel=0.05
+        )
+        assert depth is None or depth.shape[-2:] == size
+    assert not published
+
+
+def test_peers_take_turns_with_ours_and_a_map_in_words_is_extrapolated(monkeypatch):
+    encoder = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    encoder |= {"out_indices": [1, 2, 3, 4], "reshape_hidden_states": False}
+    config = transformers.DepthAnythingConfig(backbone_config=encoder, reassemble_hidden_size=32)
+    peer = (transformers.DepthAnythingForDepthEstimation, config, (28, 42))
+    monkeypatch.setattr(efficiency, "specialists", lambda: {"small": peer})
+    report = efficiency.efficiency(tiny_config(), (2, 3), torch.float32, repeats=1, new_tokens=1, with_peers=True)
+    assert report["alternatives"]["small"] == "forward with depth" and report["ratios"]["small"] > 0
+    (a_point,) = report["seconds"]["one point in words"]
+    assert report["extrapolated"] == {"a map of 96 x 64 points in words": a_point * 96 * 64}
+    assert "96 x 64 points in words: " in efficiency.table(report) and "extrapolated" in efficiency.table(report)
 
 
 @pytest.mark.parametrize("option", ["--repeats", "--new-tokens"])

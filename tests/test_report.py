@@ -168,12 +168,16 @@ def test_worst_images(tmp_path, monkeypatch):
 def test_efficiency(tmp_path):
     run = write_run(tmp_path / "a", "A", constant)
     timings = {"layers": 3, "seconds": {"plain prefill": [2.0, 1.0, 3.0], "forward with depth": [2.2, 1.1, 3.3]}}
-    timings |= {"ratios": {"forward with depth": 1.1}, "machine": {"device": "cpu"}}
+    timings |= {"ratios": {"forward with depth": 1.1}, "alternatives": {"forward with depth": "plain prefill"}}
+    timings |= {"extrapolated": {"a map of 64 x 32 points in words": 4096.0}, "machine": {"device": "cpu"}}
+    timings |= {"peak_bytes": {"forward with depth": 3 * 2**29}}
     file = tmp_path / "efficiency.json"
     file.write_text(json.dumps(timings))
     text = report([run], tmp_path / "out", paper=True, efficiency=file).read_text()
     rows = rows_of(text, "## Efficiency")
-    assert rows["measured", "forward with depth"] == ["2.2", "3.19", "3", "1.100"]
+    assert rows["measured", "forward with depth"] == ["2.2", "3.19", "3", "1.100 of plain prefill"]
+    assert rows["extrapolated", "a map of 64 x 32 points in words"] == ["4096", "-", "-", "-"]
+    assert "Peak memory of forward with depth: 1.50 GiB." in text
     assert rows["paper", "DepthLM-12B"] == ["-", "-", "-", "-"]  # lost in the text, not invented
     file.write_text("{}")
     with pytest.raises(ValueError, match="efficiency.json has no lists of seconds"):
