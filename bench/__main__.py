@@ -136,15 +136,13 @@ def add_evaluate(commands) -> None:
 
 
 def run_evaluate(args) -> int:
-    from accelerate import PartialState
-
     from . import contestants, evaluate
 
     name, checkpoint = evaluate.find_contestant(args.model)
     sources = tuple(evaluate.open_sources(args.data, args.sources))
     asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
     out = args.out or Path("results") / re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.")
-    state, settings = PartialState(), {}
+    state, settings = evaluate.processes(), {}
     if name == "openai":
         settings = {"cache": out / "replies", "requests_per_minute": args.requests_per_minute}
         settings["price_per_million"] = args.price

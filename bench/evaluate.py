@@ -268,9 +268,7 @@ def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], r
 
 def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -> dict | None:
     """Score what is not scored yet and, on the main process, write and return the summary."""
-    from accelerate import PartialState
-
-    state = PartialState(timeout=timedelta(days=7))
+    state = processes()
     opened = open_sources(run.data, list(run.sources))
     if run.mode == "dense" and not contestant.dense:
         raise ValueError(f"{contestant.title} answers point by point and has no maps; use --mode points")
@@ -298,6 +296,14 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
             bar.update()
     state.wait_for_everyone()
     return summarise(run, contestant, kept, chunks, out) if state.is_main_process else None
+
+
+def processes():
+    """accelerate's state: this process among those that a launcher started, on CPUs too if there is nothing else."""
+    from accelerate import PartialState
+
+    # a rank waits for the slowest, which may be asking an endpoint
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 def size(run: Run) -> tuple[int, int]:
