@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import sys
 import types
 from pathlib import Path
@@ -421,7 +422,7 @@ def test_depth_anything_3_refuses_a_model_without_metres(monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["V1", "V2"])
-def test_unidepth_answers_z_without_being_told_the_camera(monkeypatch, version):
+def test_unidepth_answers_z_without_being_told_the_camera(monkeypatch, tmp_path, version):
     class UniDepthV1(Model):
         def infer(self, rgbs, intrinsics=None, skip_camera=False):
             assert rgbs.dtype == torch.uint8 and intrinsics is None
@@ -433,13 +434,16 @@ def test_unidepth_answers_z_without_being_told_the_camera(monkeypatch, version):
             return UniDepthV1.infer(self, rgb, camera)
 
     stand_in(monkeypatch, "unidepth.models", UniDepthV1=UniDepthV1, UniDepthV2=UniDepthV2)
-    contestant = make("unidepth", f"lpiccinelli/unidepth-{version.lower()}-vitl14")
+    config = {"data": {}, "model": {"name": f"UniDepth{version}", "num_heads": 8}}  # as their config.json
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    contestant = make("unidepth", tmp_path)
     assert type(contestant.model).__name__ == f"UniDepth{version}" and contestant.title == f"UniDepth {version}"
     asked = queries()
     for answer, one in zip(contestant.maps(asked), asked, strict=True):
         np.testing.assert_array_equal(answer, np.array(one.image)[..., 0])
-    with pytest.raises(ValueError, match="does not name its version"):
-        make("unidepth", "lpiccinelli/unidepth")
+    (tmp_path / "config.json").write_text('{"model": {"name": "UniK3D"}}')
+    with pytest.raises(ValueError, match="names the model 'UniK3D', neither UniDepthV1 nor UniDepthV2"):
+        make("unidepth", tmp_path)
 
 
 def test_unik3d_answers_z_of_its_points_in_evaluation_mode(monkeypatch):

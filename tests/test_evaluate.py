@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ class Columns(Unloaded):
 
 def run(contestant, bench, out, batch_size=4, **fields) -> dict:
     sources = tuple(evaluate.open_sources(str(bench), None))
-    return evaluate.evaluate(Run("test:it", str(bench), sources, **fields), contestant, out, batch_size)
+    return evaluate.evaluate(Run("test:it", str(bench), sources, **fields), contestant, Path(out), batch_size)
 
 
 def predictions(out: Path) -> pandas.DataFrame:
@@ -279,18 +280,29 @@ def test_three_processes_give_the_summary_of_one(bench, tmp_path):
     pandas.testing.assert_frame_equal(predictions(tmp_path / "three"), predictions(tmp_path / "one"))
 
 
+KILLED = """
+import os, signal, sys
+from bench.contestants.constant import Constant
+from test_evaluate import run
+
+class Dies(Constant):
+    calls = 0
+
+    def maps(self, queries):
+        self.calls += 1
+        if self.calls == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().maps(queries)
+
+run(Dies("2.0"), *sys.argv[1:])
+"""
+
+
 def test_a_killed_run_goes_on_to_the_same_files(bench, tmp_path):
-    class Dies(Constant):
-        calls = 0
-
-        def maps(self, queries):
-            type(self).calls += 1
-            if self.calls == 6:
-                raise KeyboardInterrupt
-            return super().maps(queries)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(Dies("2.0"), bench, tmp_path / "killed")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", KILLED, str(bench), str(tmp_path / "killed")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     parts = {file: file.stat().st_mtime_ns for file in (tmp_path / "killed" / "parts").iterdir()}
     assert parts and not (tmp_path / "killed" / "summary.json").exists()
     run(Constant("2.0"), bench, tmp_path / "killed")

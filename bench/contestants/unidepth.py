@@ -7,6 +7,7 @@ a GPU, whatever the dtype.
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from ..contestant import Contestant, NotRunnable
 
@@ -16,13 +17,6 @@ class UniDepth(Contestant):
     dense = True
 
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        name = checkpoint.rstrip("/").split("/")[-1].lower()
-        versions = [version for version in ("V1", "V2") if version.lower() in name.split("-")]
-        if len(versions) != 1:
-            raise ValueError(
-                f"{name!r} does not name its version; pass lpiccinelli/unidepth-v2-vitl14 or a folder so named"
-            )
-        self.title = f"UniDepth {versions[0]}"
         if dtype != "float32":
             raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
         try:
@@ -31,7 +25,15 @@ class UniDepth(Contestant):
             raise NotRunnable(
                 f"UniDepth is missing ({error}): pip install git+https://github.com/lpiccinelli-eth/UniDepth"
             ) from error
-        self.model = getattr(models, f"UniDepth{versions[0]}").from_pretrained(checkpoint).to(device).eval()
+        config, _ = PreTrainedConfig.get_config_dict(checkpoint)  # of its own form: {"model": {"name": ...}, ...}
+        name = config.get("model", {}).get("name")
+        if name not in ("UniDepthV1", "UniDepthV2"):
+            raise ValueError(
+                f"the config.json of {checkpoint} names the model {name!r}, neither UniDepthV1 nor UniDepthV2; pass "
+                "lpiccinelli/unidepth-v2-vitl14 or another of theirs"
+            )
+        self.title = f"UniDepth {name[-2:]}"
+        self.model = getattr(models, name).from_pretrained(checkpoint).to(device).eval()
 
     @torch.inference_mode()
     def maps(self, queries):
