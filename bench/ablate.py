@@ -43,7 +43,7 @@ def add_ablate(commands) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TITLES), default=list(TITLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run of every row each")
-    parser.add_argument("--steps", type=positive, metavar="N", help="of every stage; default: as configs/tiny_*.yaml")
+    parser.add_argument("--steps", type=positive, metavar="N", help="of every stage; default: the rows' own")
     parser.add_argument("--frames", type=positive, default=12000, metavar="N", help="trained on; a tenth is held out")
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that draw the frames")
     parser.set_defaults(run=run_ablate)
@@ -220,7 +220,8 @@ def train(out: Path, stage: str, settings: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "arguments.yaml"
     config.write_text(yaml.safe_dump(settings | {"output_dir": str(folder)}))
-    command = [sys.executable, "train_sft.py", "--config", str(config)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["train_sft.py", "--config", str(config)]
     if list(folder.glob("checkpoint-*/data_position_0.json")):
         command += ["--resume_from_checkpoint", "last"]
     with open(folder / "train.log", "a") as log:
@@ -252,7 +253,7 @@ def digest(content) -> str:
 def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames: int, changes: dict) -> str:
     """Write out/ablations.md and out/tableN.csv; returns the Markdown. results: as `ablate` returns them."""
     seeds = sorted(next(iter(results.values())))
-    steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the tiny configurations' own steps"
+    steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the rows' own steps"
     text = [
         "# Tables 4 to 7 of the paper, in miniature\n",
         f"A tiny model on `procedural`: {frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel "
