@@ -52,13 +52,14 @@ ONE_POINT = "one point in words"
 POINT_TOKENS = 8  # of an answer like "3.27 meters"; DepthLM's own, with its thoughts, is many times longer
 
 
-def config_4b(layers: int = 36) -> DepthVLMConfig:
-    """DepthVLM on Qwen3-VL-4B-Instruct's sizes, with the first `layers` decoder layers."""
+def config_4b(layers: int = 36, vision_layers: int = 24) -> DepthVLMConfig:
+    """DepthVLM on Qwen3-VL-4B-Instruct's sizes, with the first `layers` decoder and `vision_layers` vision layers."""
     rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     text = {"vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": layers}
     text |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_parameters": rope}
-    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
-    vision |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
+    deepstack = [level * vision_layers // 4 - 1 for level in (1, 2, 3)]  # 5, 11 and 17 of 24
+    vision = {"depth": vision_layers, "deepstack_visual_indexes": deepstack, "num_position_embeddings": 2304}
+    vision |= {"hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
     return DepthVLMConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
@@ -415,7 +416,7 @@ def main(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
-    parser.add_argument("--train", action="store_true", help="a stage-1 step instead; give few --layers, say 3")
+    parser.add_argument("--train", action="store_true", help="a stage-1 step; few --layers shorten vision too")
     parser.add_argument("--images", type=int, default=2, help="of a --train step")
     parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
@@ -429,7 +430,8 @@ def main(arguments=None):
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
         grid, dtype = tuple(options.grid), getattr(torch, options.dtype)
-        report |= training_efficiency(config_4b(options.layers), grid, options.images, dtype, options.repeats)
+        config = config_4b(options.layers, min(max(options.layers, 4), 24))  # what both steps share, kept short
+        report |= training_efficiency(config, grid, options.images, dtype, options.repeats)
         report["images"] = options.images
         print(json.dumps(report, indent=1))
         if options.output:

@@ -87,7 +87,9 @@ def test_random_model_is_of_the_dtype_finite_tied_and_has_working_buffers():
 
 def test_sizes_are_qwen3_vl_4b():
     config = efficiency.config_4b()
-    assert config.text_config.num_hidden_layers == 36
+    assert config.text_config.num_hidden_layers == 36 and config.vision_config.depth == 24
+    assert config.vision_config.deepstack_visual_indexes == [5, 11, 17]
+    assert efficiency.config_4b(3, 4).vision_config.deepstack_visual_indexes == [0, 1, 2]
     with torch.device("meta"):
         head = DepthVLMDPTHead(config)
     assert sum(parameter.numel() for parameter in head.parameters()) == pytest.approx(35.1e6, rel=2e-3)
