@@ -146,7 +146,8 @@ def run_evaluate(args) -> int:
     if name == "openai":
         settings = {"cache": out / "replies", "requests_per_minute": args.requests_per_minute}
         settings["price_per_million"] = args.price
-    contestant = contestants.get(name)(checkpoint, device=str(state.device), dtype=args.dtype, **settings)
+    with state.local_main_process_first():  # it downloads, the others find what it has left
+        contestant = contestants.get(name)(checkpoint, device=str(state.device), dtype=args.dtype, **settings)
     if name == "openai" and state.is_main_process:
         print(contestant.estimate(*evaluate.size(asked)))
     if name == "openai" and not args.yes:

@@ -56,6 +56,7 @@ class Contestant:
     uses_intrinsics: ClassVar[bool] = False  # whether it is told the camera, so that tables can say so
     batch_safe: ClassVar[bool] = True  # False: an image's result depends on its batch, so it is run alone
     deterministic: ClassVar[bool] = True
+    served_at: str = ""  # the address that its answers come from, if it is not run here
     model_types: ClassVar[tuple[str, ...]] = ()  # of config.json, for `--model CHECKPOINT` without NAME
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):

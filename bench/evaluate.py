@@ -6,11 +6,13 @@ each process takes every n-th, writes it whole or not at all, and skips what is 
 killed and started again as often as you like, ends in the same files.
 """
 
+import hashlib
 import itertools
 import json
 import math
 import os
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,9 +61,9 @@ class Run:
     max_points: int | None = None
     dtype: str = "float32"
 
-    def check(self, out: Path) -> None:
-        """Write OUT/run.json, or refuse an OUT that holds another run's."""
-        record, file = asdict(self) | {"sources": list(self.sources), "format": FORMAT}, out / "run.json"
+    def check(self, out: Path, identity: dict) -> None:
+        """Write OUT/run.json, or refuse an OUT that holds another run's. identity: see `identity_of`."""
+        record, file = asdict(self) | {"sources": list(self.sources), "format": FORMAT} | identity, out / "run.json"
         if file.exists():
             there = json.loads(file.read_text())
             other = sorted(key for key in record.keys() | there.keys() if record.get(key) != there.get(key))
@@ -72,6 +74,31 @@ class Run:
                 )
         else:
             write_json(file, record)
+
+
+def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dataset]) -> dict:
+    """What a run's names stand for now: the checkpoint's files may change under their name, and the data's."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, checkpoint = run.model.partition(":")
+    checkpoint = checkpoint if name in contestants.names() else run.model
+    weights = Path(checkpoint)
+    if weights.exists():
+        files = [weights] if weights.is_file() else sorted([*weights.glob("*.safetensors"), *weights.glob("*.json")])
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        version = digest.hexdigest()
+    else:
+        config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
+        version = Path(config).parent.name if isinstance(config, str) else ""  # the commit
+    digest = hashlib.sha256()
+    for rows in opened.values():
+        points = rows.select_columns(["id", "points_u", "points_v", "points_depth"]).with_format("arrow")
+        for table in points.iter(1000):
+            digest.update(repr(table.to_pydict()).encode())
+    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "points": digest.hexdigest()}
 
 
 # Contestants
@@ -116,14 +143,37 @@ def open_sources(data: str, names: list[str] | None) -> dict[str, datasets.Datas
         raise ValueError(f"{data} has no source {', '.join(unknown)}; it has {', '.join(present)}")
     opened = {}
     for name in [name for name in present if name in (names or present)]:
-        if "test" not in datasets.get_dataset_split_names(data, name):
-            if names:
-                raise ValueError(f"{name} in {data} has no test rows; build them, or leave it out of --sources")
-            continue
-        opened[name] = datasets.load_dataset(data, name, split="test").with_format(None)
+        rows = open_test_rows(data, name)
+        if rows is None and names:
+            raise ValueError(f"{name} in {data} has no test rows; build them, or leave it out of --sources")
+        if rows is not None:
+            opened[name] = rows
     if not opened:
         raise ValueError(f"{data} has no test rows at all; build a test split first")
     return opened
+
+
+def open_test_rows(data: str, name: str) -> datasets.Dataset | None:
+    """A source's test rows; None without any.
+
+    Its files are named one by one, because `load_dataset(data, name)` takes what it has cached for any older folder of
+    the same name for this one's.
+    """
+    files = datasets.load_dataset_builder(data, name).config.data_files.get("test")
+    if not files:
+        return None
+    return datasets.load_dataset("parquet", data_files={"test": list(files)}, split="test").with_format(None)
+
+
+def check_annotations(run: Run) -> None:
+    """Refuse rows of `import --as-released` for the ordinary protocol, and the other way round, where a build says."""
+    for name in run.sources:
+        file = Path(run.data) / name / "test.json"
+        made = json.loads(file.read_text())["parameters"].get("as_released", False) if file.is_file() else None
+        if made is not None and made != run.as_released:
+            with_or_without = "leave --as-released out" if run.as_released else "add --as-released"
+            kind = "as released" if made else "corrected"
+            raise ValueError(f"the points of {name} in {run.data} are {kind}; {with_or_without}, or pass other data")
 
 
 def read_query(row: dict) -> Query:
@@ -148,6 +198,8 @@ def points_of(run: Run, opened: dict[str, datasets.Dataset]) -> dict[str, list[n
             numbers = np.arange(start, start + count)
             kept[name].append(np.flatnonzero(np.floor((numbers + 1) / step) > np.floor(numbers / step)))
             start += count
+        if not sum(map(len, kept[name])):
+            raise ValueError(f"--max-points {run.max_points} leaves no point of {name}; raise it or leave {name} out")
     return kept
 
 
@@ -249,6 +301,7 @@ def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], r
         prediction = at_pixels(depth, u, v, query.id)
         prediction = as_asked(prediction, u, v, query.intrinsics, contestant.quantity, row["depth_type"])
         labelled = label > 0
+        to_z = ray_per_z(u, v, query.intrinsics) if row["depth_type"] == "ray" else 1.0
         scale = width / image_width, height / image_height
         fx, fy, cx, cy = query.intrinsics
         on_grid = (fx * scale[0], fy * scale[1], (cx + 0.5) * scale[0] - 0.5, (cy + 0.5) * scale[1] - 0.5)
@@ -257,7 +310,7 @@ def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], r
             | metrics.scores(prediction[labelled], label[labelled])
             | {
                 "boundary_f1": metrics.boundary_f1(prediction, label),
-                "point_cloud_f_score": metrics.point_cloud_f_score(prediction, label, on_grid),
+                "point_cloud_f_score": metrics.point_cloud_f_score(prediction / to_z, label / to_z, on_grid),
             }
         )
     return records
@@ -267,25 +320,28 @@ def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], r
 
 
 def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -> dict | None:
-    """Score what is not scored yet and, on the main process, write and return the summary."""
+    """Score what is not scored yet, or failed, and, on the main process, write and return the summary."""
     state = processes()
     opened = open_sources(run.data, list(run.sources))
     if run.mode == "dense" and not contestant.dense:
         raise ValueError(f"{contestant.title} answers point by point and has no maps; use --mode points")
     if run.as_released and (run.mode == "dense" or not contestant.dense):
         raise ValueError("--as-released reads points from maps; use it with --mode points and a contestant with maps")
+    check_annotations(run)
     if state.is_main_process:
         (out / "parts").mkdir(parents=True, exist_ok=True)
-        run.check(out)
+        run.check(out, identity_of(run, contestant, opened))
     state.wait_for_everyone()
 
     kept = points_of(run, opened)
     chunks = [(name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK)]
-    todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not part_file(out, chunk).exists()]
+    todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not is_done(part_file(out, chunk))]
     batch_size = batch_size if contestant.batch_safe else 1
     score = score_points if run.mode == "points" else score_maps
     with ThreadPoolExecutor(1) as pool, tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar:
-        loaded = ((chunk, pool.submit(read_chunk, opened[chunk[0]], chunk[1], kept[chunk[0]])) for chunk in todo)
+        loaded = (
+            ((name, start), pool.submit(read_chunk, opened[name], start, kept[name], run.mode)) for name, start in todo
+        )
         for chunk, future in ahead(loaded):
             rows, queries = future.result()
             records = []
@@ -309,7 +365,8 @@ def processes():
 def size(run: Run) -> tuple[int, int]:
     """Number of images and of points that a run scores."""
     kept = points_of(run, open_sources(run.data, list(run.sources)))
-    return sum(map(len, kept.values())), sum(len(points) for own in kept.values() for points in own)
+    counts = [len(points) for own in kept.values() for points in own]
+    return sum(count > 0 for count in counts), sum(counts)
 
 
 def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> None:
@@ -319,7 +376,7 @@ def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> 
     opened = open_sources(run.data, list(run.sources))
     kept = points_of(run, opened)
     chunks = ((name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK))
-    queries = (query for name, start in chunks for query in read_chunk(opened[name], start, kept[name])[1])
+    queries = (query for name, start in chunks for query in read_chunk(opened[name], start, kept[name], run.mode)[1])
     vlm.save_marked(itertools.islice(queries, images), folder, getattr(contestant, "questions", vlm.questions))
 
 
@@ -332,19 +389,33 @@ def ahead(futures: Iterator) -> Iterator:
         current = following
 
 
-def read_chunk(dataset: datasets.Dataset, start: int, kept: list[np.ndarray]) -> tuple[list[dict], list[Query]]:
+def read_chunk(dataset: datasets.Dataset, start: int, kept: list[np.ndarray], mode: str):
+    """Rows and queries of a chunk; of points, only images with one, without their depth maps."""
     rows, queries = [], []
+    dataset = dataset.remove_columns("depth") if mode == "points" else dataset
     for index in range(start, min(start + CHUNK, len(dataset))):
+        if mode == "points" and not len(kept[index]):
+            continue
         row = dataset[index]
         for name in ("points_u", "points_v", "points_depth"):
             row[name] = np.asarray(row[name])[kept[index]]
-        rows.append(row)
         queries.append(read_query(row))
+        del row["image"]  # the query has it
+        rows.append(row)
     return rows, queries
 
 
 def part_file(out: Path, chunk: tuple[str, int]) -> Path:
     return out / "parts" / f"{chunk[0]}-{chunk[1]:07d}.parquet"
+
+
+def is_done(part: Path) -> bool:
+    """Whether a chunk is there, and no request of it failed: those are made again, the others' replies are kept."""
+    if not part.exists():
+        return False
+    if "status" not in pyarrow.parquet.read_schema(part).names:
+        return True
+    return "failed" not in pyarrow.parquet.read_table(part, columns=["status"])["status"].to_pylist()
 
 
 def write_part(file: Path, records: list[dict], mode: str) -> None:
@@ -378,7 +449,8 @@ def summarise(run: Run, contestant: Contestant, kept: dict, chunks: list, out: P
         if len(own) != expected:
             raise ValueError(f"{out} has {len(own)} results of {expected} for {name}; remove its parts and run again")
         scored = of_points(own, run.as_released) if run.mode == "points" else of_images(own)
-        sources[name] = {"images": len(points)} | scored
+        images = len(points) if run.mode == "dense" else sum(len(own) > 0 for own in points)
+        sources[name] = {"images": images} | scored
     names = list(next(iter(sources.values()))["metrics"])
     summary = {
         "format": FORMAT,

@@ -421,14 +421,16 @@ def worst_first(table: pandas.DataFrame) -> list[tuple[str, str]]:
 
 def contact_sheet(run: Results, data: str, images: list[tuple[str, str]], file: Path) -> None:
     """Images with their points in a grid. Raises ValueError where `data` has not what was evaluated."""
-    import datasets
+    from .evaluate import open_test_rows
 
     columns = min(4, len(images))
     figure = new_figure(3.4 * columns, 3.1 * -(-len(images) // columns) + 0.4)
     opened = {}
     for place, (source, name) in enumerate(images, 1):
         if source not in opened:
-            rows = datasets.load_dataset(data, source, split="test")
+            rows = open_test_rows(data, source)
+            if rows is None:
+                raise ValueError(f"{data} has no test rows of {source}; pass --data that {run.folder} was made from")
             opened[source] = rows, {own: index for index, own in enumerate(rows.select_columns(["id"])["id"])}
         rows, index = opened[source]
         if name not in index:

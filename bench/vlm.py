@@ -177,6 +177,10 @@ BOUND = re.compile(
     r"\bat (?:least|most)|\b(?:under|over|below|above|beyond|within|exceed(?:s|ing)?|up to|minimum of|maximum of))"
     r"[\s~≈=]*(?:about|around|approximately|roughly)?\s*$"
 )
+BOUND_BEHIND = re.compile(
+    r"\s*,?\s*(?:(?:or|and) (?:more|less|further|farther|closer|above|below|over|under)|"
+    r"at (?:least|most)|max(?:imum)?|min(?:imum)?)\b"
+)
 REFUSAL = re.compile(
     r"(?:\bcan(?:not|['’]t| not)|\bcould(?: not|n['’]t)|\b(?:un|not )able to|\b(?:im|not )possible to|"
     r"\bdo(?: not|n['’]t))"
@@ -240,11 +244,12 @@ def parse_statement(text: str) -> float | None:
     numbers = list(NUMBER.finditer(text))
     for number, following in zip_longest(numbers, numbers[1:]):
         value = parse_number(number["digits"])
-        if value is None or (following and JOINED.fullmatch(text[number.end() : following.start("digits")])):
+        unit = UNIT.match(text, number.end())
+        end = unit.end() if unit else number.end()
+        if value is None or (following and JOINED.fullmatch(text[end : following.start("digits")])):
             return None
         value = -value if number["sign"] in ("-", "−", "–") else value
-        bounded = BOUND.search(text[max(0, number.start() - 40) : number.start()])
-        unit = UNIT.match(text, number.end())
+        bounded = BOUND.search(text[max(0, number.start() - 40) : number.start()]) or BOUND_BEHIND.match(text, end)
         if unit:
             found.add(None if bounded else round(value * METRES[unit.lastgroup], 9))  # 35 cm is 0.35 m
         else:

@@ -44,7 +44,8 @@ def test_rows_are_known_to_model_and_trainer():
     known = set(DepthVLMConfig().to_dict())
     for row in ablate.read_rows().values():
         assert set(row["config"]) <= known and set(row["stages"]) <= {"stage1", "stage2"}
-        assert set(row["stage2"]) == {"trains"} and set(row["stage2"]["trains"]) <= set(PARTS) and not row["stage1"]
+        assert set(row["stage2"]) == {"trains", "max_steps"} and not row["stage1"]
+        assert set(row["stage2"]["trains"]) <= set(PARTS)
 
 
 def test_ill_written_row_is_refused(tmp_path):

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from bench import evaluate
 from bench.__main__ import main
-from bench.contestant import Answer, Contestant
+from bench.contestant import Answer, Contestant, Query
 from bench.contestants.constant import Constant
 from bench.contestants.depthvlm import DepthVLM
 from bench.depthvlm_bench import FEATURES
@@ -225,24 +227,66 @@ def test_dense_scores_are_taken_on_the_depth_maps_grid(bench, tmp_path):
     assert len(pandas.read_parquet(tmp_path / "images.parquet")) == 57
 
 
+def test_point_clouds_of_ray_distances_are_those_of_z(tmp_path):
+    """The same scene and the same contestant, once as z and once as distances from the camera."""
+    scores = {}
+    for kind in ("z", "ray"):
+        row = make_row("alpha", 0, 4, kind, depth_size=(64, 48))
+        u, v = np.meshgrid(np.arange(64), np.arange(48))
+        factor = np.sqrt(1 + ((u - CX) / FX) ** 2 + ((v - CY) / FY) ** 2) if kind == "ray" else 1.0
+        row["depth"] = Image.fromarray(np.round((1.9 + u / 100) * factor * 8000).astype(np.uint16))
+        row["depth_scale"] = 8000.0
+        bench = write_bench(tmp_path / kind, alpha=[row])
+        scores[kind] = run(Constant("2.0"), bench, tmp_path / f"out-{kind}", mode="dense")["mean"][
+            "point_cloud_f_score"
+        ]
+    assert 0.2 < scores["z"] < 0.95 and scores["ray"] == pytest.approx(scores["z"], abs=0.01)
+
+
 # As released
 
 
-def test_as_released_reads_canonical_coordinates_on_another_grid(bench, tmp_path):
-    summary = run(Columns(), bench, tmp_path, as_released=True)
+class Ramp(Unloaded):
+    """Another depth at every pixel, growing to the right and downwards."""
+
+    title, dense = "Ramp", True
+
+    def maps(self, queries):
+        return [1 + np.add.outer(np.arange(q.image.size[1]) / 50, np.arange(q.image.size[0]) / 40) for q in queries]
+
+
+def test_as_released_reads_canonical_coordinates_on_another_grid(tmp_path):
+    rows = [make_row("alpha", i, 5, size=(66, 48)) | {"fx": 105.94} for i in range(20)]
+    bench = write_bench(tmp_path / "bench", alpha=rows)
+    summary = run(Ramp(), bench, tmp_path, as_released=True)
     found = predictions(tmp_path)
-    # 64 px at fx 40 -> 1600 canonical px -> 57 x 28 = 1596 -> 50 x 32 = 1600 px: columns of 25 px
-    for u, prediction in zip(found.u, found.prediction, strict=True):
-        column = np.rint(u * 25)
-        if column < 0 or math.isnan(prediction):
-            continue
-        assert prediction == pytest.approx((column + 0.5) / 25 + 0.5, abs=0.5)
+    # 66x48 px at fx 105.94 -> 623x453 canonical px -> 22x16 times 28 = 616x448 -> 19x14 times 32 = 608x448 px
+    ramp = Ramp().maps([Query("", rows[0]["image"], (106, 106, 0, 0), np.zeros((0, 2)))])[0].astype(np.float32)
+    grid = torch.nn.functional.interpolate(torch.tensor(ramp)[None, None], size=(448, 608), mode="bilinear")[0, 0]
+    outside = 0
+    for u, v, prediction in zip(found.u, found.v, found.prediction, strict=True):
+        column, row = round(u * 623 / 66), round(v * 453 / 48)
+        beyond = column >= 608 or row >= 448
+        assert math.isnan(prediction) == beyond
+        outside += beyond
+        if not beyond and min(column, row) >= 0:  # below 0 it wraps, as there
+            assert prediction == pytest.approx(float(grid[row, column]), abs=1e-4)
+    assert outside
     means = []
-    for _, own in found[found.source == "alpha"].groupby("id"):
+    for _, own in found.groupby("id"):
         kept = own[own.prediction > 0]
         right = [max(p / d, d / p) < 1.25 for p, d in zip(kept.prediction, kept["gt"], strict=True)]
         means.append(sum(right) / len(right) if right else 0.0)
     assert summary["sources"]["alpha"]["metrics"] == {"delta1": pytest.approx(np.mean(means), rel=1e-12)}
+
+
+def test_rows_as_released_and_corrected_ones_are_not_mistaken_for_each_other(tmp_path):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", 0, 3)])
+    for made, remedy in ((True, "add --as-released"), (False, "leave --as-released out")):
+        (bench / "alpha" / "test.json").write_text(json.dumps({"parameters": {"as_released": made}}))
+        with pytest.raises(ValueError, match=remedy):
+            run(Columns(), bench, tmp_path / "out", as_released=not made)
+        run(Columns(), bench, tmp_path / f"out-{made}", as_released=made)
 
 
 def test_released_grid_has_the_sizes_found_in_the_released_code():
@@ -296,6 +340,82 @@ class Dies(Constant):
 
 run(Dies("2.0"), *sys.argv[1:])
 """
+
+
+def test_processes_share_the_images_exactly(bench, tmp_path, monkeypatch):
+    asked = []
+
+    class Counts(Constant):
+        def maps(self, queries):
+            asked.extend(query.id for query in queries)
+            return super().maps(queries)
+
+    for index in range(3):
+        state = SimpleNamespace(process_index=index, num_processes=3, is_main_process=False, wait_for_everyone=list)
+        monkeypatch.setattr(evaluate, "processes", lambda state=state: state)
+        (tmp_path / str(index) / "parts").mkdir(parents=True)
+        assert run(Counts("2.0"), bench, tmp_path / str(index)) is None
+    assert len(asked) == len(set(asked)) == 57
+
+
+def test_what_failed_is_asked_again(bench, tmp_path):
+    class Server(Unloaded):
+        title, dense, up, asked = "Server", False, False, 0
+
+        def answers(self, queries):
+            self.asked += len(queries)
+            answer = Answer(2.0) if self.up else Answer(math.nan, "failed", "no connection")
+            return [[answer] * len(query.points) for query in queries]
+
+    server = Server()
+    assert run(server, bench, tmp_path)["sources"]["beta"]["counts"] == {"failed": 60}
+    server.up = True
+    assert run(server, bench, tmp_path)["sources"]["beta"]["counts"] == {"ok": 60}
+    assert server.asked == 2 * 57
+    run(server, bench, tmp_path)
+    assert server.asked == 2 * 57
+
+
+def test_a_checkpoint_or_data_that_has_changed_is_not_taken_for_the_old(tmp_path):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", 0, 3)])
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.parent.mkdir()
+
+    def score(contestant):
+        asked = Run(f"depthvlm:{weights.parent}", str(bench), ("alpha",))
+        return evaluate.evaluate(asked, contestant, tmp_path / "out")
+
+    weights.write_bytes(b"one")
+    score(Constant("2.0"))
+    score(Constant("2.0"))
+    weights.write_bytes(b"two")
+    with pytest.raises(ValueError, match="holds another run .checkpoint '.*choose another --out"):
+        score(Constant("2.0"))
+    weights.write_bytes(b"one")
+    shutil.rmtree(bench)
+    write_bench(bench, alpha=[make_row("alpha", 1, 3)])
+    with pytest.raises(ValueError, match="holds another run .points '"):
+        score(Constant("2.0"))
+    contestant = Constant("2.0")
+    contestant.served_at = "http://127.0.0.1:1/v1"
+    with pytest.raises(ValueError, match="served_at ''.*now .*127.0.0.1:1"):
+        score(contestant)
+
+
+def test_images_without_a_point_to_score_are_not_looked_at(bench, tmp_path):
+    class Counts(Constant):
+        calls = 0
+
+        def maps(self, queries):
+            self.calls += len(queries)
+            return super().maps(queries)
+
+    contestant = Counts("2.0")
+    summary = run(contestant, bench, tmp_path / "ten", max_points=10)
+    images = sum(source["images"] for source in summary["sources"].values())
+    assert contestant.calls == images == predictions(tmp_path / "ten")["id"].count() == 10
+    with pytest.raises(ValueError, match="--max-points 1 leaves no point of alpha; raise it or leave alpha out"):
+        run(contestant, bench, tmp_path / "one", max_points=1)
 
 
 def test_a_killed_run_goes_on_to_the_same_files(bench, tmp_path):
@@ -429,7 +549,7 @@ def test_an_endpoint_is_not_asked_before_its_estimate_is_accepted(bench, tmp_pat
     command = ["evaluate", "--model", "openai:some", "--data", str(bench), "--out", str(tmp_path / "out")]
     assert main([*command, "--max-points", "30", "--price", "2", "10"]) == 0
     said = capsys.readouterr().out
-    assert "30 requests to some about 57 images" in said and "nothing was asked; add --yes" in said
+    assert "30 requests to some about 30 images" in said and "nothing was asked; add --yes" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -75,6 +75,7 @@ class OpenAI(Contestant):
         self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
         self.price_per_million = price_per_million
         self.url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/") + "/chat/completions"
+        self.served_at = self.url
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         address = urlsplit(self.url)
         if address.scheme not in ("http", "https") or not address.hostname or address.username is not None:
