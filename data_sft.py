@@ -8,6 +8,7 @@ A *row* is as stored, images still encoded. A *sample* is a conversation ready f
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from depthvlm.processing_depthvlm import DEPTH_PROMPT, DEPTH_RESPONSE, SYSTEM_PR
 logger = logging.get_logger(__name__)
 
 KINDS = ("depth", "qa", "instruction")
-ROWS_BEFORE_STOP = 100  # read before the share of unreadable rows is judged
+ROWS_BEFORE_STOP = 100  # read by a worker before its share of unreadable rows is judged
 READ_AT_ONCE = 16  # rows of a shard that are turned from Arrow into Python together
 
 
@@ -92,14 +93,16 @@ class DataArguments:
 
 
 def read_sample(row: dict, source: DataSource, arguments: DataArguments, rng: np.random.Generator) -> dict:
-    """Raises `ValueError`, `OSError` or what Pillow raises for a row that cannot be read."""
+    """Raises for a row that cannot be read, whatever a decoder raises."""
     if source.kind == "instruction":
         images = [decode(image) for image in row["images"] or []]
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
-        placed = sum(part["type"] == "image" for turn in messages for part in parts(turn["content"]))
+        messages = [{"role": turn["role"], "content": parts(turn["content"])} for turn in row["messages"]]
+        if not any(turn["role"] == "assistant" for turn in messages):
+            raise ValueError("a conversation without an answer of the assistant teaches nothing")
+        placed = sum(part["type"] == "image" for turn in messages for part in turn["content"])
         if images and not placed:  # as TRL does: images without a place go before the first question
             first = next(turn for turn in messages if turn["role"] == "user")
-            first["content"] = [{"type": "image"}] * len(images) + parts(first["content"])
+            first["content"] = [{"type": "image"}] * len(images) + first["content"]
         elif placed != len(images):
             raise ValueError(f"{placed} images are placed in the messages but {len(images)} are given")
         return {
@@ -112,6 +115,8 @@ def read_sample(row: dict, source: DataSource, arguments: DataArguments, rng: np
         raise ValueError(f"depth_type is {row['depth_type']!r}; training needs z-depth")
     image = decode(row["image"])
     depth, focal_length = None, row["fx"]
+    if not (math.isfinite(focal_length) and focal_length > 0):
+        raise ValueError(f"fx is {focal_length} px; it must be above 0")
     if source.kind == "depth" or source.depth_on_qa:
         depth = read_depth(row)
     image, depth = crop(image, depth, max_side(row, focal_length))
@@ -150,7 +155,10 @@ def conversation(turns: list[tuple[str, str]]) -> list[dict]:
 
 
 def parts(content) -> list[dict]:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    """Content as a list, without the keys that Arrow adds: a template takes `image: None` for an image."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return [{key: value for key, value in part.items() if value is not None} for part in content]
 
 
 def decode(encoded: dict) -> Image.Image:
@@ -164,6 +172,8 @@ def read_depth(row: dict) -> np.ndarray:
     words = np.asarray(decode(row["depth"]))
     if words.ndim != 2 or words.dtype == np.uint8:
         raise ValueError(f"depth is an image of shape {words.shape}, {words.dtype}; it must be a 16-bit gray one")
+    if not (math.isfinite(row["depth_scale"]) and row["depth_scale"] > 0):
+        raise ValueError(f"depth_scale is {row['depth_scale']} words a metre; it must be above 0")
     return (words / row["depth_scale"]).astype(np.float32)
 
 
@@ -308,7 +318,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
             source = self.arguments.datasets[index]
             try:
                 sample = read_sample(row, source, self.arguments, np.random.default_rng([self.seed, piece, number]))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except Exception as error:  # whatever a decoder raises for what it was given
                 bad += 1
                 self.report(source, row, error, bad, number + 1)
                 continue

@@ -8,6 +8,7 @@ Stage 1 trains the depth head alone, with SILog; stage 2 the language model too,
 `depth_weight` * SILog, both from one pass. `--help` lists every flag; flags win over the file.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 import datasets
 import torch
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
@@ -77,6 +78,9 @@ class DepthSFTConfig(SFTConfig):
             raise ValueError(f"trains names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
         if not self.trains:
             raise ValueError(f"trains is empty; name at least one of {', '.join(PARTS)}")
+        for name in ("remove_unused_columns", "ignore_data_skip", "prediction_loss_only"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must stay as it is, see --help: leave it out")
         if self.trains == ["depth_head"] and not self.depth_weight > 0:
             raise ValueError(f"depth_weight is {self.depth_weight}, so a head trained alone has no loss; raise it")
 
@@ -86,7 +90,7 @@ class DepthTrainingOutput(FusedCausalLMOutput):
     """
     TRL's fused output and, of the images that have a label:
 
-    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses, times `depth_scale`.
+    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses, times the targets' scale.
     depth_scores (`torch.Tensor` of shape `(num_labelled, 3)`): SILog, delta1 and AbsRel of each, without gradient.
     """
 
@@ -98,16 +102,18 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
     """
     Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
 
-    `model(..., depth_labels=[...], depth_scale=1.0)` then returns a `DepthTrainingOutput`. It has to happen inside
+    `model(..., depth_targets=SimpleNamespace(labels=[...], scale=1.0))` then returns a `DepthTrainingOutput`; in plain
+    arguments FSDP2 would round labels and scale to the parameters' dtype. It has to happen inside
     `model.forward`, so that DDP and FSDP, which wrap the model, see the head's parameters used. Without `trains_text`
     the backbone runs without gradients and the LM head not at all.
     """
     fused_forward = model.forward
 
     @functools.wraps(type(model).forward)
-    def forward(self, *args, depth_labels=None, depth_scale=1.0, **kwargs):
-        if depth_labels is None:
+    def forward(self, *args, depth_targets=None, **kwargs):
+        if depth_targets is None:
             return fused_forward(*args, **kwargs)
+        depth_labels, depth_scale = depth_targets.labels, depth_targets.scale
         seen = SimpleNamespace()  # made here: DDP and FSDP would hand on a copy
         if isinstance(self.depth_head, FSDPModule):
             raise ValueError(
@@ -234,6 +240,11 @@ class DepthSFTTrainer(SFTTrainer):
         # Both losses are divided by the counts of the whole update, over ranks and accumulation, so by nothing else
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+            # accelerate's would add gradients over ranks, and return losses, in bfloat16
+            in_float32 = {"reduce_dtype": torch.float32, "output_dtype": torch.float32}
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **in_float32)
         self.positions, self.batches_done = {}, 0
         self.images_seen, self.last_log = 0, time.perf_counter()
 
@@ -278,7 +289,7 @@ class DepthSFTTrainer(SFTTrainer):
 
         def call(**kwargs):  # TRL calls the model once
             nonlocal outputs
-            outputs = model(**kwargs, depth_labels=depth_labels, depth_scale=depth_scale)
+            outputs = model(**kwargs, depth_targets=SimpleNamespace(labels=depth_labels, scale=depth_scale))
             return outputs
 
         if self.trains_text:
@@ -324,15 +335,23 @@ class DepthSFTTrainer(SFTTrainer):
         return Path(checkpoint) / f"data_position_{self.args.process_index}.json"
 
     def sizes(self) -> dict[str, int]:
+        """What the position in the data depends on, beside the data."""
         return {
             "world_size": self.args.world_size,
             "dataloader_num_workers": self.args.dataloader_num_workers,
             "per_device_train_batch_size": self._train_batch_size,
+            "seed": self.args.seed,
+            "shuffle_buffer": self.train_dataset.arguments.shuffle_buffer,
         }
 
+    def _save(self, output_dir=None, state_dict=None):
+        restore_class_name(self.model)
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
         file = self.position_file(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        file.unlink(missing_ok=True)  # an older run's: until the new one is there, the checkpoint is not complete
+        super()._save_checkpoint(model, trial)
         position = {
             "batches_done": self.batches_done,
             "positions": self.positions,
@@ -345,15 +364,26 @@ class DepthSFTTrainer(SFTTrainer):
         if resume_from_checkpoint:
             position = json.loads(self.position_file(resume_from_checkpoint).read_text())
             for name, value in self.sizes().items():
-                if position[name] != value:
+                if position.get(name) != value:
                     raise ValueError(
-                        f"{resume_from_checkpoint} was made with {name} {position[name]}, now it is {value}; the data "
-                        "goes on at the same sample only with the same number"
+                        f"{resume_from_checkpoint} was made with {name} {position.get(name)}, now it is {value}; the "
+                        "data goes on at the same sample only with the same number"
                     )
             self.batches_done, self._total_train_tokens = position["batches_done"], position["num_tokens"]
             self.positions = {int(worker): tuple(value) for worker, value in position["positions"].items()}
             self.train_dataset.resume(self.batches_done, dict(self.positions))
+            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
+            if state["global_step"] >= self.args.max_steps:  # Trainer would look at the clock one step later
+                self._load_from_checkpoint(str(resume_from_checkpoint))
+                return None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def restore_class_name(model):
+    """FSDP2 gives a model a class of torch's own, whose name and file a save would state as the model's code."""
+    if isinstance(model, FSDPModule):
+        type(model).__name__ = DepthVLMForConditionalGeneration.__name__
+        type(model).__module__ = DepthVLMForConditionalGeneration.__module__
 
 
 class EpochCallback(TrainerCallback):
@@ -363,7 +393,7 @@ class EpochCallback(TrainerCallback):
         state.epoch = state.global_step / state.max_steps
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what FSDP2 allocates now, training uses later
 def generate_answers(
     model, processor, rows: list[dict], max_pixels=None, max_new_tokens=24, batch_size=16
 ) -> list[str]:
@@ -432,8 +462,11 @@ class RetentionWatch(TrainerCallback):
         for source in data_args.eval_datasets:
             for row, question in zip(source.open().take(limit), itertools.cycle(RETENTION_QUESTIONS), strict=False):
                 asked = (row.get("qa") or {}).get("question") or [question]
-                image = row["images"][0] if source.kind == "instruction" else row["image"]
-                self.rows.append({"image": decode(image), "focal_length": row.get("fx"), "question": asked[0]})
+                images = row["images"] if source.kind == "instruction" else [row["image"]]
+                if images:
+                    self.rows.append({"image": decode(images[0]), "focal_length": row.get("fx"), "question": asked[0]})
+        if not self.rows:
+            raise ValueError(f"retention_steps is {every} but eval_datasets holds no image to ask about; add one")
 
     def answers(self) -> list[str]:
         core = self.trainer.accelerator.unwrap_model(self.trainer.model)
@@ -472,6 +505,8 @@ def freeze(model: DepthVLMForConditionalGeneration, trains: list[str]):
 def peft_config(model_args: ModelConfig, trains: list[str]):
     """LoRA on the LLM's linear layers where nothing else is asked for; the depth head is trained whole."""
     if model_args.use_peft:
+        if "language_model" not in trains:
+            raise ValueError(f"use_peft puts adapters on the LLM, which trains ({', '.join(trains)}) lacks; add it")
         if others := set(trains) - {"language_model", "depth_head"}:
             raise ValueError(f"trains names {', '.join(sorted(others))}, which adapters leave frozen; leave it out")
         model_args.lora_target_modules = model_args.lora_target_modules or r".*language_model.*_proj"
@@ -481,6 +516,8 @@ def peft_config(model_args: ModelConfig, trains: list[str]):
 
 
 def load_model(model_args: ModelConfig):
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit have no effect here; leave them out")
     for cls, auto_class in (
         (DepthVLMConfig, "AutoConfig"),
         (DepthVLMForConditionalGeneration, "AutoModelForImageTextToText"),
@@ -515,6 +552,8 @@ def save(trainer: DepthSFTTrainer):
     """A complete repository of weights, processor and code; adapters are merged."""
     if isinstance(trainer.model, PeftModel) and not trainer.is_fsdp_enabled:
         trainer.model = trainer.model.merge_and_unload()
+        for file in Path(trainer.args.output_dir).glob("adapter_*"):  # pushed from a checkpoint: they are merged now
+            file.unlink()
     if trainer.args.save_dtype:
         trainer.model.to(getattr(torch, trainer.args.save_dtype))
     trainer.save_model()
@@ -527,6 +566,11 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
     output.mkdir(parents=True, exist_ok=True)
 
     # Model
+    checkpoint = training_args.resume_from_checkpoint
+    if not checkpoint and list(output.glob("checkpoint-*/data_position_0.json")):
+        raise ValueError(
+            f"{output} holds checkpoints of an earlier run; go on with --resume_from_checkpoint last, or remove them"
+        )
     model, processor = load_model(model_args)
     freeze(model, training_args.trains)
 
@@ -550,7 +594,6 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
     )
     if training_args.retention_steps:
         trainer.add_callback(RetentionWatch(trainer, data_args, training_args.retention_steps))
-    checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(output, world_size) if checkpoint == "last" else checkpoint)
 
     # Evaluation

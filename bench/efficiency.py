@@ -289,7 +289,7 @@ def training_steps(
 
     def step():
         model.zero_grad()
-        loss = model(**inputs, depth_labels=list(depth), depth_scale=1 / images).depth_loss
+        loss = model(**inputs, depth_targets=SimpleNamespace(labels=list(depth), scale=1 / images)).depth_loss
         loss.backward()
         return loss.item(), torch.cat([p.grad.flatten().float() for p in model.depth_head.parameters()])
 

@@ -237,6 +237,8 @@ def test_color_jitter_leaves_depth():
         ({"depth": png(np.ones((48, 64), np.uint8))}, "16-bit"),
         ({"depth_type": "ray"}, "z-depth"),
         ({"image": {"bytes": make_row()["image"]["bytes"][:2000], "path": None}}, "truncated"),
+        ({"fx": 0.0}, "fx is 0.0 px; it must be above 0"),
+        ({"depth_scale": 0.0}, "depth_scale is 0.0 words a metre; it must be above 0"),
     ],
 )
 def test_unreadable_rows_are_refused(changes, reason):
@@ -266,6 +268,24 @@ def test_unreadable_row_is_counted_named_and_passed_over(tmp_path):
     assert samples[-1]["position"][1] in (11, 12) and take(stream, 12)[-1]["position"][2] == 1
     record = json.loads((tmp_path / "unreadable.jsonl").read_text().splitlines()[0])
     assert record["id"] == "row/5" and record["path"] == path and "cannot identify" in record["reason"]
+
+
+def test_a_row_without_an_image_is_one_bad_row(tmp_path):
+    path = write(tmp_path / "set", [make_row(i, image=None) if i == 5 else make_row(i) for i in range(12)])
+    assert take(TrainingStream(DataArguments(datasets=[{"path": path}]), 0), 12)[-1]["position"][2] == 1
+
+
+def test_a_part_of_a_message_has_no_keys_that_arrow_added():
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "What?", "image": None}]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
+    ]
+    row = {"messages": turns, "images": [make_row()["image"]]}
+    found = sample_of(row, "instruction")["messages"][0]["content"]
+    assert found == [{"type": "image"}, {"type": "text", "text": "What?"}]
+    with pytest.raises(ValueError, match="without an answer"):
+        sample_of({"messages": turns[:1], "images": row["images"]}, "instruction")
 
 
 def test_too_many_unreadable_rows_stop_training(tmp_path):

@@ -7,18 +7,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from test_train_data import make_row, write
 from tiny import tiny_config
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.utils import _apply_to_tensors
 from training import byte_processor
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
-from train_sft import DataArguments, DepthSFTConfig, RetentionWatch, is_right, last_checkpoint, main
+from train_sft import (
+    DataArguments,
+    DepthSFTConfig,
+    RetentionWatch,
+    is_right,
+    last_checkpoint,
+    main,
+    restore_class_name,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -150,7 +161,9 @@ def test_lora_ends_merged(start, data, tmp_path):
     settings = arguments(start, data, output, trains=["language_model", "depth_head"], max_steps=2)
     run_here(settings | {"dataloader_num_workers": 0}, peft=True)
     with pytest.raises(ValueError, match="trains names vision, which adapters leave frozen"):
-        run_here(settings | {"trains": ["language_model", "vision"]}, peft=True)
+        run_here(settings | {"trains": ["language_model", "vision"], "output_dir": str(tmp_path / "no")}, peft=True)
+    with pytest.raises(ValueError, match=r"adapters on the LLM, which trains \(depth_head\) lacks; add it"):
+        run_here(settings | {"trains": ["depth_head"], "output_dir": str(tmp_path / "no")}, peft=True)
     before, after = (
         DepthVLMForConditionalGeneration.from_pretrained(folder, dtype="float32").state_dict()
         for folder in (start, output)
@@ -197,7 +210,7 @@ def test_mix_without_questions_is_warned_of(start, data, tmp_path, caplog):
     settings = arguments(start, data, tmp_path / "warned", max_steps=1, dataloader_num_workers=0)
     run_here(settings)
     assert "every question with the depth prompt" not in caplog.text
-    run_here(settings | {"datasets": [{"path": data}]})
+    run_here(settings | {"datasets": [{"path": data}], "output_dir": str(tmp_path / "alone")})
     assert "every question with the depth prompt" in " ".join(caplog.text.split())
 
 
@@ -207,8 +220,62 @@ def test_resume_with_other_sizes_is_refused(start, data, tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint"):
         run_here(settings | {"resume_from_checkpoint": "last"})
     run_here(settings)
+    again = settings | {"resume_from_checkpoint": "last", "max_steps": 3}
     with pytest.raises(ValueError, match="made with per_device_train_batch_size 2, now it is 1"):
-        run_here(settings | {"resume_from_checkpoint": "last", "per_device_train_batch_size": 1, "max_steps": 3})
+        run_here(again | {"per_device_train_batch_size": 1})
+    with pytest.raises(ValueError, match="made with seed 42, now it is 7"):
+        run_here(again | {"seed": 7})
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run; go on with --resume"):
+        run_here(settings)
+
+
+def test_a_finished_run_that_is_resumed_is_evaluated_and_saved_as_it_was(start, data, tmp_path):
+    """As after a kill in the last evaluation: no step is added."""
+    output = tmp_path / "finished"
+    settings = arguments(start, data, output, max_steps=2, dataloader_num_workers=0)
+    run_here(settings)
+    before = (output / "model.safetensors").read_bytes()
+    (output / "model.safetensors").unlink()
+    run_here(settings | {"resume_from_checkpoint": "last"})
+    assert (output / "model.safetensors").read_bytes() == before and not (output / "checkpoint-3").exists()
+
+
+def test_retention_watch_needs_an_image(tmp_path):
+    with pytest.raises(ValueError, match="retention_steps is 5 but eval_datasets holds no image"):
+        RetentionWatch(None, DataArguments(), 5)
+
+
+@pytest.mark.parametrize("flag", [{"ignore_data_skip": False}, {"remove_unused_columns": True}])
+def test_a_flag_that_must_stay_is_refused(start, data, tmp_path, flag):
+    with pytest.raises(ValueError, match="it must stay as it is"):
+        run_here(arguments(start, data, tmp_path / "out", **flag))
+
+
+def test_quantized_loading_is_refused(start, data, tmp_path):
+    with pytest.raises(ValueError, match="load_in_4bit and load_in_8bit have no effect"):
+        run_here(arguments(start, data, tmp_path / "out", load_in_4bit=True))
+
+
+def test_a_model_that_fsdp2_has_wrapped_is_saved_with_its_code(start, tmp_path):
+    """FSDP2 makes a class of its own, `FSDP` + the name, in a module of torch's."""
+    model = DepthVLMForConditionalGeneration.from_pretrained(start)
+    cls = type(model)
+    model.__class__ = type(f"FSDP{cls.__name__}", (FSDPModule, cls), {"__module__": FSDPModule.__module__})
+    restore_class_name(model)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["auto_map"]["AutoModelForImageTextToText"] == "modeling_depthvlm.DepthVLMForConditionalGeneration"
+    assert saved["architectures"] == ["DepthVLMForConditionalGeneration"]
+    names = {file.name for file in tmp_path.glob("*.py")}
+    assert "modeling_depthvlm.py" in names and not any("fsdp" in name for name in names)
+
+
+def test_fsdp2_leaves_labels_and_scale_in_float32():
+    targets = SimpleNamespace(labels=[torch.ones(2, 2)], scale=torch.tensor(0.1))
+    given = {"pixel_values": torch.ones(2), "depth_targets": targets}
+    cast = _apply_to_tensors(lambda tensor: tensor.bfloat16(), given)  # what its `cast_forward_inputs` does
+    assert cast["pixel_values"].dtype == torch.bfloat16 and cast["depth_targets"] is targets
+    assert targets.labels[0].dtype == targets.scale.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

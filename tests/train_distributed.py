@@ -72,11 +72,13 @@ def fsdp(trains, tied, batches, rank):
         state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", device="cpu", is_main_process=rank == 0
     )
     model = fsdp2_prepare_model(accelerator, model)
-    inputs = {"depth_labels": [], **batches[rank], "fused_lm_head": True}
+    inputs = {**batches[rank], "fused_lm_head": True}
     del inputs["position"]
+    labels = inputs.pop("depth_labels", [])
     tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     images = sum(label.any() for batch in batches for label in batch.get("depth_labels", ()))
-    outputs = model(**inputs, depth_scale=2 / images.clamp(min=1))  # of two ranks, as the trainer does
+    scale = 2 / images.clamp(min=1)  # of two ranks, as the trainer does
+    outputs = model(**inputs, depth_targets=SimpleNamespace(labels=labels, scale=scale))
     loss = outputs.depth_loss
     if outputs.log_probs is not None:
         loss = loss - 2 * outputs.log_probs.sum() / tokens
