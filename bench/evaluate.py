@@ -22,6 +22,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import torch
 import transformers
@@ -419,12 +420,9 @@ def is_done(part: Path) -> bool:
 
 
 def write_part(file: Path, records: list[dict], mode: str) -> None:
-    if mode == "points":
-        columns = {name: [record[name] for record in records] for name in POINT_FEATURES}
-        part = datasets.Dataset.from_dict(columns, features=POINT_FEATURES)
-    else:
-        part = datasets.Dataset.from_list(records)
-    pyarrow.parquet.write_table(part.data.table, file.with_suffix(f".{os.getpid()}"))
+    # not datasets' from_list, which takes ten times as long
+    table = pyarrow.Table.from_pylist(records, POINT_FEATURES.arrow_schema if mode == "points" else None)
+    pyarrow.parquet.write_table(table, file.with_suffix(f".{os.getpid()}"))
     file.with_suffix(f".{os.getpid()}").replace(file)
 
 
