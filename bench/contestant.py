@@ -62,6 +62,13 @@ class Contestant:
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         raise NotImplementedError
 
+    def prepare(self, queries: list[Query]):
+        """What `maps` or `answers` is given: the queries, or what can be made of them while the batch before is run.
+
+        It is called in another thread, one batch ahead.
+        """
+        return queries
+
     def maps(self, queries: list[Query]) -> list[np.ndarray]:
         """One (H, W) float32 a query, metres at the image's own size; not finite or <= 0 where it knows none."""
         raise NotImplementedError

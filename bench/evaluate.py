@@ -253,16 +253,16 @@ def check_map(depth: np.ndarray, query: Query) -> None:
         )
 
 
-def score_points(contestant: Contestant, rows: list[dict], queries: list[Query], run: Run) -> list[dict]:
-    """One record a point."""
+def score_points(contestant: Contestant, rows: list[dict], queries: list[Query], prepared, run: Run) -> list[dict]:
+    """One record a point; `prepared` is what the contestant made of the queries."""
     if contestant.dense:
         replies = []
-        for query, depth in zip(queries, contestant.maps(queries), strict=True):
+        for query, depth in zip(queries, contestant.maps(prepared), strict=True):
             check_map(depth, query)
             read = read_as_released(depth, query) if run.as_released else at_pixels(depth, *query.points.T, query.id)
             replies.append([(value, "ok" if value > 0 and math.isfinite(value) else "invalid", "") for value in read])
     else:
-        answers = contestant.answers(queries)
+        answers = contestant.answers(prepared)
         replies = [[(answer.depth, answer.status, answer.text) for answer in reply] for reply in answers]
     records = []
     for row, query, reply in zip(rows, queries, replies, strict=True):
@@ -289,10 +289,10 @@ def score_points(contestant: Contestant, rows: list[dict], queries: list[Query],
     return records
 
 
-def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], run: Run) -> list[dict]:
+def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], prepared, run: Run) -> list[dict]:
     """One record an image: scores over the depth map's valid pixels, on the depth map's own grid."""
     records = []
-    for row, query, depth in zip(rows, queries, contestant.maps(queries), strict=True):
+    for row, query, depth in zip(rows, queries, contestant.maps(prepared), strict=True):
         check_map(depth, query)
         label = np.asarray(row["depth"]).astype(np.float64) / row["depth_scale"]
         (height, width), (image_width, image_height) = label.shape, query.image.size
@@ -339,18 +339,18 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
     todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not is_done(part_file(out, chunk))]
     batch_size = batch_size if contestant.batch_safe else 1
     score = score_points if run.mode == "points" else score_maps
-    with ThreadPoolExecutor(1) as pool, tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar:
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as preparer:
         loaded = (
-            ((name, start), pool.submit(read_chunk, opened[name], start, kept[name], run.mode)) for name, start in todo
+            (chunk, reader.submit(read_chunk, opened[chunk[0]], chunk[1], kept[chunk[0]], run.mode)) for chunk in todo
         )
-        for chunk, future in ahead(loaded):
-            rows, queries = future.result()
+        prepared = ahead(batches(contestant, loaded, batch_size, preparer))
+        by_chunk = itertools.groupby(prepared, key=lambda batch: batch[0])
+        for chunk, own in tqdm(by_chunk, total=len(todo), unit="chunk", disable=not state.is_main_process):
             records = []
-            for first in range(0, len(rows), batch_size):
-                piece = slice(first, first + batch_size)
-                records += score(contestant, rows[piece], queries[piece], run)
+            for _, rows, queries, future in own:
+                if rows:
+                    records += score(contestant, rows, queries, future.result(), run)
             write_part(part_file(out, chunk), records, run.mode)
-            bar.update()
     state.wait_for_everyone()
     return summarise(run, contestant, kept, chunks, out) if state.is_main_process else None
 
@@ -388,6 +388,16 @@ def ahead(futures: Iterator) -> Iterator:
         following = next(futures, None)
         yield current
         current = following
+
+
+def batches(contestant: Contestant, loaded: Iterator, batch_size: int, pool: ThreadPoolExecutor) -> Iterator[tuple]:
+    """(chunk, rows, queries, a future of what the contestant makes of them); of a chunk without rows, one of none."""
+    for chunk, future in ahead(loaded):
+        rows, queries = future.result()
+        for first in range(0, max(1, len(rows)), batch_size):
+            piece = slice(first, first + batch_size)
+            prepared = pool.submit(contestant.prepare, queries[piece]) if rows else None
+            yield chunk, rows[piece], queries[piece], prepared
 
 
 def read_chunk(dataset: datasets.Dataset, start: int, kept: list[np.ndarray], mode: str):

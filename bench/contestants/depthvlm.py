@@ -20,13 +20,15 @@ class DepthVLM(Contestant):
         self.model = DepthVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         self.processor = DepthVLMProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
-    @torch.inference_mode()
-    def maps(self, queries):
-        inputs = self.processor(
+    def prepare(self, queries):
+        return self.processor(
             images=[query.image for query in queries],
             focal_lengths=[query.intrinsics[0] for query in queries],
             return_tensors="pt",
         )
+
+    @torch.inference_mode()
+    def maps(self, inputs):
         outputs = self.model(**inputs.to(self.model.device), logits_to_keep=1)
         maps = self.processor.post_process_depth_estimation(outputs)
         return [depth["predicted_depth"].float().cpu().numpy() for depth in maps]
