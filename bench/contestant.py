@@ -3,6 +3,8 @@
 Pixels: (u, v) of the stored image, the first pixel's centre at (0, 0), as everywhere in this package (see source.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +15,15 @@ from transformers import AutoConfig, AutoImageProcessor
 
 class NotRunnable(ValueError):
     """A contestant that cannot run here; the message says what is missing and how to get it."""
+
+
+@contextmanager
+def package(title: str, install: str) -> Iterator[None]:
+    """Around the import of a package that only one contestant needs: its absence becomes NotRunnable."""
+    try:
+        yield
+    except ImportError as error:
+        raise NotRunnable(f"{title} is missing ({error}): {install}") from error
 
 
 @dataclass(frozen=True, slots=True)

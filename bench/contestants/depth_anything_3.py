@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import Contestant, package
 
 
 class DepthAnything3(Contestant):
@@ -22,13 +22,9 @@ class DepthAnything3(Contestant):
     deterministic = False
 
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        try:
+        install = "pip install depth-anything-3, in an environment of its own (it wants numpy below 2)"
+        with package("Depth Anything 3", install):
             from depth_anything_3.api import DepthAnything3
-        except ImportError as error:
-            raise NotRunnable(
-                f"Depth Anything 3 is missing ({error}): pip install depth-anything-3, in an environment of its own "
-                "(it wants numpy below 2)"
-            ) from error
         self.model = DepthAnything3.from_pretrained(checkpoint)
         if not self.model.model_name.startswith(("da3metric", "da3nested")):
             raise ValueError(

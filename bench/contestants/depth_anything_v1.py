@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import Contestant, NotRunnable, package
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "
@@ -37,11 +37,9 @@ class DepthAnythingV1(Contestant):
             raise ValueError(
                 f"{path.name} names neither indoor nor outdoor, which choose the head's settings; rename it"
             )
-        try:
+        with package("Depth Anything V1's metric code", SETUP):
             from zoedepth.models import builder
             from zoedepth.utils.config import get_config
-        except ImportError as error:
-            raise NotRunnable(f"Depth Anything V1's metric code is missing ({error}): {SETUP}") from error
         config = get_config("zoedepth", "eval", "nyu" if "indoor" in path.name else "kitti")
         config.pretrained_resource = f"local::{path}"
         folder = os.getcwd()

@@ -8,7 +8,7 @@ infinity on the sky and what it finds unsure, is not applied: every scored point
 import numpy as np
 import torch
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import Contestant, package
 
 
 class MoGe(Contestant):
@@ -18,12 +18,8 @@ class MoGe(Contestant):
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
         if dtype == "bfloat16":
             raise ValueError("MoGe runs in float32 or float16, not bfloat16; pass one of them")
-        try:
+        with package("MoGe", "pip install git+https://github.com/microsoft/MoGe"):
             from moge.model.v2 import MoGeModel
-        except ImportError as error:
-            raise NotRunnable(
-                f"MoGe is missing ({error}): pip install git+https://github.com/microsoft/MoGe"
-            ) from error
         self.model = MoGeModel.from_pretrained(checkpoint).to(device).eval()
         if not hasattr(self.model, "scale_head"):
             raise ValueError(f"{checkpoint} has no metric scale; pass one of Ruicheng/moge-2-*")

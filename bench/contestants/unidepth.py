@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import Contestant, package
 
 
 class UniDepth(Contestant):
@@ -19,12 +19,8 @@ class UniDepth(Contestant):
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
         if dtype != "float32":
             raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
-        try:
+        with package("UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
             from unidepth import models
-        except ImportError as error:
-            raise NotRunnable(
-                f"UniDepth is missing ({error}): pip install git+https://github.com/lpiccinelli-eth/UniDepth"
-            ) from error
         config, _ = PreTrainedConfig.get_config_dict(checkpoint)  # of its own form: {"model": {"name": ...}, ...}
         name = config.get("model", {}).get("name")
         if name not in ("UniDepthV1", "UniDepthV2"):

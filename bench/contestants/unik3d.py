@@ -7,7 +7,7 @@ It is not told the camera, which it predicts. Scored is z of its points, at the 
 import numpy as np
 import torch
 
-from ..contestant import Contestant, NotRunnable
+from ..contestant import Contestant, package
 
 
 class UniK3D(Contestant):
@@ -17,12 +17,8 @@ class UniK3D(Contestant):
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
         if dtype != "float32":
             raise ValueError(f"UniK3D prepares its input as float32, not {dtype}; pass float32")
-        try:
+        with package("UniK3D", "pip install git+https://github.com/lpiccinelli-eth/UniK3D"):
             from unik3d.models import UniK3D
-        except ImportError as error:
-            raise NotRunnable(
-                f"UniK3D is missing ({error}): pip install git+https://github.com/lpiccinelli-eth/UniK3D"
-            ) from error
         self.model = UniK3D.from_pretrained(checkpoint).to(device).eval()
 
     @torch.inference_mode()
