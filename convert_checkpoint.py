@@ -342,13 +342,15 @@ DEPTHVLM_CARD = """\
 Qwen3-VL that answers in text and in metres: one forward pass gives logits and a dense metric depth map of every image.
 {warning}
 ```python
+import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{name}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
 inputs = processor(images=[Image.open("photo.jpg")], focal_lengths=[1234.5], return_tensors="pt")  # px; None: from EXIF
-outputs = model(**inputs)
+with torch.inference_mode():
+    outputs = model(**inputs)
 depth = processor.post_process_depth_estimation(outputs)[0]["predicted_depth"]  # (height, width) of the photo, metres
 ```
 """

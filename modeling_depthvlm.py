@@ -6,8 +6,9 @@ depth a pixel of the processed image. Text goes the way it goes in Qwen3-VL, bit
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from transformers.utils import can_return_tuple
 
 from .configuration_depthvlm import DepthVLMConfig
+
+# in `generate`: the model's id -> {} until the prefill has put its depth there; not on the model, which threads share
+depth_of_generate: ContextVar[dict] = ContextVar("depth_of_generate", default=MappingProxyType({}))
 
 
 @dataclass
@@ -296,7 +300,6 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         head_class = DepthVLMDPTHead if config.depth_head_type.startswith("dpt") else DepthVLMMLPHead
         self.depth_head = head_class(config)
-        self._depth_of_generate = None  # in `generate`: {} until the prefill has put its depth there
         self.post_init()
 
     def _init_weights(self, module):
@@ -354,7 +357,13 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         >>> processor.post_process_depth_estimation(outputs)[0]["predicted_depth"]  # (H, W), metres
         ```
         """
+        if "depth_labels" in kwargs:
+            raise ValueError(
+                "depth_labels are no input of the model; pop them from the batch and give them to silog_loss, with "
+                "outputs.predicted_depth"
+            )
         check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth)
+        check_cameras(cameras, self.config.canonical_focal_length)
         if output_depth and input_ids is None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             raise ValueError(
                 "mm_encoder_outputs['image'] came without input_ids, which say where the image's tokens are; pass "
@@ -457,6 +466,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         output_depth = bool(returns_dict) if output_depth is None else output_depth
         pixel_values, grid = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
         check_image_inputs(kwargs.get("input_ids", inputs), pixel_values, grid, cameras, output_depth)
+        check_cameras(cameras, self.config.canonical_focal_length)
         if pixel_values is not None and kwargs.get("mm_token_type_ids") is None:
             raise ValueError(
                 "mm_token_type_ids is missing beside pixel_values; without it the image would be placed like text, "
@@ -466,26 +476,26 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             raise ValueError(
                 "prefill_chunk_size cuts images into pieces without depth; leave it out or pass output_depth=False"
             )
-        before, self._depth_of_generate = self._depth_of_generate, {} if output_depth else None
+        found = {} if output_depth else None
+        token = depth_of_generate.set(depth_of_generate.get() | {id(self): found})
         try:
             outputs = super().generate(inputs, generation_config, **kwargs)
-            depth = self._depth_of_generate.get("predicted_depth", ()) if output_depth else None
         finally:
-            self._depth_of_generate = before  # not None where a model assists itself
+            depth_of_generate.reset(token)  # to another `generate`'s where a model assists itself
         if not output_depth:
             return outputs
         is_beam = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
         output_class = DepthVLMGenerateBeamOutput if is_beam else DepthVLMGenerateOutput
-        return output_class(**outputs, predicted_depth=depth, cameras=cameras)
+        return output_class(**outputs, predicted_depth=found.get("predicted_depth", ()), cameras=cameras)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        model_inputs["output_depth"] = self._depth_of_generate == {}  # asked for, and not there yet
+        model_inputs["output_depth"] = depth_of_generate.get().get(id(self)) == {}  # asked for, and not there yet
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
-        if self._depth_of_generate == {}:
-            self._depth_of_generate["predicted_depth"] = outputs.predicted_depth
+        if (found := depth_of_generate.get().get(id(self))) == {}:
+            found["predicted_depth"] = outputs.predicted_depth
         return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
 
 
@@ -527,6 +537,18 @@ def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_
         )
     if cameras is not None and len(cameras) != len(image_grid_thw):
         raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one an image, or None")
+
+
+def check_cameras(cameras: list[dict] | None, canonical_focal_length: float):
+    """Refuse photos that a processor has sized for another focal length than the model believes in."""
+    for camera in cameras or ():
+        camera = camera[0] if isinstance(camera, list) else camera  # a pipeline's batch has a list a photo
+        sized_for = camera.get("canonical_focal_length", canonical_focal_length)
+        if sized_for != canonical_focal_length:
+            raise ValueError(
+                f"canonical_focal_length is {sized_for} px in the processor and {canonical_focal_length} px in the "
+                "model, so metres would be wrong; load both from one checkpoint"
+            )
 
 
 __all__ = ["DepthVLMForConditionalGeneration", "DepthVLMModel"]

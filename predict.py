@@ -155,12 +155,14 @@ def main() -> int:
             try:
                 for photo, found in zip(group, predict(model, processor, group, args), strict=True):
                     progress.write(report(photo, names[photo], processor, *found))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, torch.OutOfMemoryError) as error:
                 if len(group) > 1:  # one of them is bad: take them one by one, to name it
                     groups[:0] = [[photo] for photo in group]
                     continue
                 failed.append(group[0])
-                progress.write(f"{group[0]}: {error}", file=sys.stderr)
+                is_too_large = isinstance(error, torch.OutOfMemoryError)
+                reason = "not enough memory; lower --max-pixels" if is_too_large else error
+                progress.write(f"{group[0]}: {reason}", file=sys.stderr)
             progress.update(len(group))
     if failed:
         print(f"{len(failed)} of {len(photos)} photos failed: {', '.join(map(str, failed))}", file=sys.stderr)

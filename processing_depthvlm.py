@@ -7,14 +7,16 @@ training label is metres * f_c / f_p (paper, section 3.3, and metric compensatio
 """
 
 import base64
-import binascii
 import io
 import math
 import numbers
 import os
+import string
+import struct
 from collections.abc import Sequence
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -33,6 +35,8 @@ DEPTH_RESPONSE = "OK, I will estimate the depth map of this image."
 # Beyond these fields of view, in degrees over the longer side, a focal length is a mistake (millimetres, most often).
 FIELD_OF_VIEW = (1.0, 160.0)
 MAX_ASPECT_RATIO = 30
+CROPPED = 0.02  # an aspect ratio that differs by more from EXIF's is a crop's
+SMALLEST_FILE = 32  # bytes; no image is shorter
 FULL_FRAME_DIAGONAL = math.hypot(36, 24)  # mm, of the film that "35 mm equivalent" refers to
 EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 37386, 41989, 40962, 40963
 EXIF_FOCAL_PLANE_X_RESOLUTION, EXIF_FOCAL_PLANE_UNIT = 41486, 41488
@@ -85,7 +89,8 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         Returns Qwen3-VL's batch and
 
         - `cameras`: one dict a photo: `focal_length` (px at the photo's own size), `focal_length_source` ("given",
-          "exif" or "assumed"), `size` and `processed_size` (height, width), `metric_scale` (f_p / f_c);
+          "exif" or "assumed"), `canonical_focal_length` (f_c, px), `size` and `processed_size` (height, width),
+          `metric_scale` (f_p / f_c);
         - `depth_labels`, with `depth_maps`: one float32 tensor `(height, width)` a photo on the processed grid, the
           nearest value's metres / metric_scale, 0 = no label: what `predicted_depth` is to equal.
 
@@ -100,9 +105,10 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             if text is not None:
                 self._check_placeholders(text, 0)
             return super().__call__(text=text, **kwargs)
-        if ignored := {"do_resize", "size", "min_pixels", "resample"} & {*kwargs, *kwargs.get("images_kwargs", {})}:
+        settings = {*kwargs, *kwargs.get("images_kwargs", {})}  # max_pixels among them is not the call's own
+        if ignored := {"do_resize", "size", "min_pixels", "max_pixels", "resample"} & settings:
             raise ValueError(
-                f"{', '.join(sorted(ignored))} cannot be set: the focal length says the size; use max_pixels"
+                f"{', '.join(sorted(ignored))} cannot be set: the focal length says the size; use the call's max_pixels"
             )
         named = flatten(images, "images")
         if not named:
@@ -217,6 +223,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         return {
             "focal_length": focal_length,
             "focal_length_source": source,
+            "canonical_focal_length": self.canonical_focal_length,
             "size": (height, width),
             "processed_size": processed,
             "metric_scale": focal_length * zoom / self.canonical_focal_length,
@@ -227,9 +234,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         token = self.image_processor.patch_size * self.image_processor.merge_size
         budget = self.image_processor.size["longest_edge"] if max_pixels is None else max_pixels
         if not (isinstance(budget, numbers.Real) and budget >= token * token):
-            raise ValueError(
-                f"max_pixels is {max_pixels}; it must be at least one token's {token}x{token} = {token**2}"
-            )
+            raise ValueError(f"max_pixels is {budget}; it must be at least one token's {token}x{token} = {token**2}")
         floor = min(self.image_processor.size["shortest_edge"], budget)  # both are pixel counts, whatever their names
         zoom = max(zoom, math.sqrt(floor / (height * width)))
         sides = [max(1, round(side * zoom / token)) for side in (height, width)]
@@ -281,25 +286,42 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         image.load()
         focal_length = exif_focal_length(image)
         return to_rgb(ImageOps.exif_transpose(image)), focal_length
-    # RuntimeError is what AVIF's decoder raises
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError, HTTPException) as error:
+    # RuntimeError is what AVIF's decoder raises, struct.error what broken EXIF does
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        RuntimeError,
+        struct.error,
+        Image.DecompressionBombError,
+        HTTPException,
+    ) as error:
         shown = f" ({str(source)[:200]!r})" if isinstance(source, (str, Path)) else ""
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo") from error
+        smaller = " of fewer pixels" if isinstance(error, Image.DecompressionBombError) else ""
+        raise ValueError(
+            f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo{smaller}"
+        ) from error
 
 
 def image_file(source: str | Path):
     """What a path, a URL or base64 text points to, for `Image.open`: whole, unlike `load_image`'s 8-bit RGB."""
     if os.path.isfile(source):
         return source
+    if os.path.isdir(source):
+        raise IsADirectoryError("it is a folder")
     source = str(source)
     if source.startswith(("http://", "https://")):
+        source = quote(source, safe=string.punctuation)  # of what may not stand in a URL: spaces, umlauts
         with urlopen(Request(source, headers={"User-Agent": "depthvlm"}), timeout=60) as response:
             return io.BytesIO(response.read())
     try:
-        return io.BytesIO(base64.b64decode("".join(source.split(",")[-1].split()), validate=True))
-    except binascii.Error:
-        raise FileNotFoundError("no such file") from None
+        data = base64.b64decode("".join(source.split(",")[-1].split()), validate=True)
+    except ValueError:
+        data = b""
+    if len(data) < SMALLEST_FILE:  # a path, even if its letters happen to be base64
+        raise FileNotFoundError("no such file")
+    return io.BytesIO(data)
 
 
 def from_array(array) -> Image.Image:
@@ -338,16 +360,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def exif_focal_length(image: Image.Image) -> float | None:
-    """Focal length in px at the image's size, from its 35 mm equivalent or its focal plane's resolution; else None."""
+    """
+    Focal length in px at the image's size, from its 35 mm equivalent or its focal plane's resolution; else None.
+
+    None too for a crop whose aspect ratio is no longer that of the tags; one that keeps it looks like a resized photo.
+    """
     try:
         tags = image.getexif().get_ifd(EXIF_IFD)
+        width, height = (float(tags.get(tag) or 0) for tag in (EXIF_WIDTH, EXIF_HEIGHT))
+        if width and height:  # of the photo as taken; it may have been turned and resized since, but not cropped
+            shorter = max(image.size) * min(width, height) / max(width, height)
+            if abs(min(image.size) - shorter) > 1 + CROPPED * shorter:
+                return None
         if equivalent := float(tags.get(EXIF_FOCAL_LENGTH_35MM, 0)):
             # "equivalent" is defined over the frame's diagonal, which a rotated picture shares
             return plausible(equivalent / FULL_FRAME_DIAGONAL * math.hypot(*image.size), max(image.size))
         unit = MILLIMETRES[int(tags.get(EXIF_FOCAL_PLANE_UNIT, 2))]
         focal_length = float(tags[EXIF_FOCAL_LENGTH]) * float(tags[EXIF_FOCAL_PLANE_X_RESOLUTION]) / unit
-        width, height = (float(tags.get(tag) or 0) for tag in (EXIF_WIDTH, EXIF_HEIGHT))
-        if width and height:  # by the longer sides: the picture may have been turned since
+        if width and height:  # by the longer sides: it may have been turned
             return plausible(focal_length * max(image.size) / max(width, height), max(image.size))
         return plausible(focal_length * image.size[0] / (width or image.size[0]), max(image.size))
     except (KeyError, TypeError, ValueError, ZeroDivisionError, SyntaxError, OSError):

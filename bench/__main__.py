@@ -141,7 +141,8 @@ def run_evaluate(args) -> int:
     name, checkpoint = evaluate.find_contestant(args.model)
     sources = tuple(evaluate.open_sources(args.data, args.sources))
     asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
-    out = args.out or Path("results") / re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.")
+    title = re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.") or Path(args.model).resolve().name  # of "." too
+    out = args.out or Path("results") / title
     state, settings = evaluate.processes(), {}
     if name == "openai":
         settings = {"cache": out / "replies", "requests_per_minute": args.requests_per_minute}

@@ -44,7 +44,13 @@ def add_ablate(commands) -> None:
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TITLES), default=list(TITLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run of every row each")
     parser.add_argument("--steps", type=positive, metavar="N", help="of every stage; default: the rows' own")
-    parser.add_argument("--frames", type=positive, default=12000, metavar="N", help="trained on; a tenth is held out")
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        default=12000,
+        metavar="N",
+        help="trained on, at most 20000; a tenth, at most 500, is held out",
+    )
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that draw the frames")
     parser.set_defaults(run=run_ablate)
 
@@ -114,9 +120,12 @@ def ablate(
 
 
 def build_data(folder: Path, frames: int, num_proc: int) -> Path:
-    """`frames` procedural frames to train on and a tenth as many to score on, built where they are missing."""
+    """`frames` procedural frames to train on and `held_out` ones to score on, built where they are missing."""
     from . import build, sources
+    from .sources.procedural import COUNTS
 
+    if frames > COUNTS["train"]:
+        raise ValueError(f"--frames {frames} is more than procedural's {COUNTS['train']} to train on; ask for fewer")
     source = sources.get("procedural")
     for split, count in (("train", frames), ("test", held_out(frames))):
         reader = build.SourceReader(source, None, split)

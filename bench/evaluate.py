@@ -35,6 +35,7 @@ from .depthvlm_bench import GROUPS, VERSION
 from .geometry import change_grid, ray_per_z
 from .report import FORMAT
 
+DECIDING = ("*.safetensors", "*.jinja", "*config.json", "tokenizer.json")  # files of a checkpoint that make its answers
 CHUNK = 16  # rows of a source that are finished together
 MODES = ("points", "dense")
 CANONICAL_FOCAL_LENGTH = 1000  # px, of the released scorer
@@ -65,7 +66,7 @@ class Run:
     def check(self, out: Path, identity: dict) -> None:
         """Write OUT/run.json, or refuse an OUT that holds another run's. identity: see `identity_of`."""
         record, file = asdict(self) | {"sources": list(self.sources), "format": FORMAT} | identity, out / "run.json"
-        if file.exists():
+        if file.exists() and any((out / "parts").glob("*.parquet")):  # else nothing of the other run is there
             there = json.loads(file.read_text())
             other = sorted(key for key in record.keys() | there.keys() if record.get(key) != there.get(key))
             if other:
@@ -85,7 +86,7 @@ def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dat
     checkpoint = checkpoint if name in contestants.names() else run.model
     weights = Path(checkpoint)
     if weights.exists():
-        files = [weights] if weights.is_file() else sorted([*weights.glob("*.safetensors"), *weights.glob("*.json")])
+        files = [weights] if weights.is_file() else sorted(file for kind in DECIDING for file in weights.glob(kind))
         digest = hashlib.sha256()
         for file in files:
             with file.open("rb") as content:
@@ -116,8 +117,8 @@ def find_contestant(model: str) -> tuple[str, str]:
         config, _ = transformers.PretrainedConfig.get_config_dict(model)
     except OSError as error:
         raise ValueError(
-            f"--model {model!r} is neither a checkpoint (no config.json was found) nor NAME:CHECKPOINT with a NAME of "
-            f"{', '.join(contestants.names())}"
+            f"--model {model!r} is neither NAME:CHECKPOINT with a NAME of {', '.join(contestants.names())} nor a "
+            f"checkpoint whose config.json can be read: {error}"
         ) from error
     kind = "depthvlm" if "depth_head_type" in config else config.get("model_type")
     for name in contestants.names():
@@ -328,13 +329,17 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
         raise ValueError(f"{contestant.title} answers point by point and has no maps; use --mode points")
     if run.as_released and (run.mode == "dense" or not contestant.dense):
         raise ValueError("--as-released reads points from maps; use it with --mode points and a contestant with maps")
+    if run.max_points and run.mode == "dense":
+        raise ValueError(
+            f"--max-points {run.max_points} is of points, and --mode dense scores whole maps; leave it out"
+        )
     check_annotations(run)
+    kept = points_of(run, opened)
     if state.is_main_process:
         (out / "parts").mkdir(parents=True, exist_ok=True)
         run.check(out, identity_of(run, contestant, opened))
     state.wait_for_everyone()
 
-    kept = points_of(run, opened)
     chunks = [(name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK)]
     todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not is_done(part_file(out, chunk))]
     batch_size = batch_size if contestant.batch_safe else 1

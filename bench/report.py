@@ -221,7 +221,7 @@ def delta1_tables(group: list[Results], published: dict, number: int, records: l
         )
     shown = {name for table in wanted for name in published[table]["columns"]}
     if rest := [name for name in present if name not in shown]:
-        lines += delta1_table("δ1, sources that the paper does not have", group, rest, [], number, records)
+        lines += delta1_table("δ1, sources that no table above has", group, rest, [], number, records)
     return lines
 
 

@@ -172,6 +172,7 @@ OTHER_UNIT = re.compile(
 NUMBER = re.compile(r"(?<![\w.,])(?P<sign>[-−–+]?)(?P<digits>\d(?:[\d.,]*\d)?(?:e[-+]?\d+)?|\.\d+)")
 BARE_END = re.compile(r"\s*(?:$|[.,;:!)\]}\n])")  # what may follow a number without a unit
 JOINED = re.compile(r"\s*(?:[-−–—~/±×x*^&]|\+/-|\+-|to|and|or|until)\s*|:")  # between the two numbers of a range
+SPACE = re.compile(r"[^\S\n]+")  # "1 200 mm": one number or two
 BOUND = re.compile(
     r"(?:[<>≤≥]|\b(?:less|more|greater|fewer|lower|higher|farther|further|closer|shorter|longer) than|"
     r"\bat (?:least|most)|\b(?:under|over|below|above|beyond|within|exceed(?:s|ing)?|up to|minimum of|maximum of))"
@@ -196,7 +197,7 @@ def parse_depth(text: str) -> tuple[float, str]:
 
     - Thoughts, up to `</think>`, are ignored.
     - A marked final answer counts alone: the last `<answer>…</answer>`; else the last JSON object with "depth" (and
-      its unit); else the last `\\boxed{…}`; else what follows the last "answer:" on its line.
+      its unit); else the last `\\boxed{…}`; else the line that follows the last "answer:".
     - Without a mark a refusal is "refused", numbers or not.
     - Numbers with a length unit (km, m, cm, mm, ft, in, and their names) count before those without. Without any, the
       text must hold one number alone, followed by no word; it is metres, unless the text names another unit.
@@ -232,7 +233,7 @@ def find_marked(text: str) -> str | None:
             return " ".join(str(fields[key]) for key in ("depth", *(key for key in fields if "unit" in key)))
     if boxed := re.findall(r"\\boxed\{([^{}]*)\}", text):
         return boxed[-1]
-    if stated := re.findall(r"\banswer(?: is)?\s*[:=](.*)", text):
+    if stated := re.findall(r"\banswer(?: is)?\s*[:=]\s*(.*)", text):
         return stated[-1]
     return None
 
@@ -246,7 +247,8 @@ def parse_statement(text: str) -> float | None:
         value = parse_number(number["digits"])
         unit = UNIT.match(text, number.end())
         end = unit.end() if unit else number.end()
-        if value is None or (following and JOINED.fullmatch(text[end : following.start("digits")])):
+        between = text[end : following.start("digits")] if following else "."
+        if value is None or JOINED.fullmatch(between) or (not unit and SPACE.fullmatch(between)):
             return None
         value = -value if number["sign"] in ("-", "−", "–") else value
         bounded = BOUND.search(text[max(0, number.start() - 40) : number.start()]) or BOUND_BEHIND.match(text, end)

@@ -402,6 +402,46 @@ def test_a_checkpoint_or_data_that_has_changed_is_not_taken_for_the_old(tmp_path
         score(contestant)
 
 
+def test_a_run_without_a_result_does_not_stand_in_the_way(bench, tmp_path):
+    class Fails(Constant):
+        def maps(self, queries):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(Fails("2.0"), bench, tmp_path, dtype="float32")
+    run(Constant("2.0"), bench, tmp_path, dtype="bfloat16")
+    assert json.loads((tmp_path / "run.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="holds another run .dtype 'bfloat16'"):
+        run(Constant("2.0"), bench, tmp_path, dtype="float32")
+
+
+def test_files_that_make_no_answers_may_change(bench, tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    asked = Run(f"depthvlm:{folder}", str(bench), ("beta",))
+    evaluate.evaluate(asked, Constant("2.0"), tmp_path / "out")
+    (folder / "retention.json").write_text("{}")
+    evaluate.evaluate(asked, Constant("2.0"), tmp_path / "out")
+    (folder / "chat_template.jinja").write_text("")
+    with pytest.raises(ValueError, match="holds another run .checkpoint '"):
+        evaluate.evaluate(asked, Constant("2.0"), tmp_path / "out")
+
+
+def test_a_checkpoint_named_by_a_dot_has_a_folder_of_its_own(bench, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    monkeypatch.setattr(evaluate, "find_contestant", lambda model: ("constant", "2.0"))
+    monkeypatch.setattr(evaluate, "identity_of", lambda *args: {})
+    assert main(["evaluate", "--model", ".", "--data", str(bench)]) == 0
+    assert Path("results/mine/summary.json").is_file()
+
+
+def test_max_points_is_refused_for_whole_maps(bench, tmp_path):
+    with pytest.raises(ValueError, match="--max-points 10 is of points, and --mode dense scores whole maps"):
+        run(Constant("2.0"), bench, tmp_path, mode="dense", max_points=10)
+
+
 def test_images_without_a_point_to_score_are_not_looked_at(bench, tmp_path):
     class Counts(Constant):
         calls = 0

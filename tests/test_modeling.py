@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from collections import Counter
 
 import pytest
@@ -606,6 +607,50 @@ def test_cameras_are_handed_on(model):
     beams = model.generate(**batch, **SETTINGS, cameras=cameras, return_dict_in_generate=True, num_beams=2)
     assert beams.cameras == cameras
     assert isinstance(model.generate(**batch, **SETTINGS, cameras=cameras), torch.Tensor)
+
+
+def test_cameras_of_another_focal_length_are_refused(model):
+    batch, ours = tiny_batch([[(2, 3)]]), model.config.canonical_focal_length
+    model(**batch, cameras=[{"canonical_focal_length": ours}])
+    for call in (model, functools.partial(model.generate, return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match=f"is 123 px in the processor and {ours} px in the model.*one checkpoint"):
+            call(**batch, cameras=[{"canonical_focal_length": 123}])
+
+
+def test_depth_labels_are_not_dropped_in_silence(model):
+    with pytest.raises(ValueError, match="depth_labels are no input of the model; pop them"):
+        model(**tiny_batch([[(2, 3)]]), depth_labels=[torch.ones(32, 48)])
+
+
+def test_threads_do_not_share_their_depth(model):
+    """The second call begins its prefill before the first one's depth is stored, and ends after it."""
+    batches = [tiny_batch([[(2, 3)]], seed=1), tiny_batch([[(4, 2)]], seed=2)]
+    expected = [model.generate(**batch, **SETTINGS, return_dict_in_generate=True) for batch in batches]
+    began, first_is_done, found = threading.Event(), threading.Event(), [None, None]
+
+    def second():
+        def wait(input_ids, scores):
+            began.set()
+            assert first_is_done.wait(60)
+            return scores
+
+        settings = SETTINGS | {"return_dict_in_generate": True, "logits_processor": [wait]}
+        found[1] = model.generate(**batches[1], **settings)
+
+    thread = threading.Thread(target=second)
+
+    def start_second(input_ids, scores):
+        if not began.is_set():
+            thread.start()
+            assert began.wait(60)
+        return scores
+
+    found[0] = model.generate(**batches[0], **SETTINGS, return_dict_in_generate=True, logits_processor=[start_second])
+    first_is_done.set()
+    thread.join(60)
+    for ours, alone in zip(found, expected, strict=True):
+        assert [depth.shape for depth in ours.predicted_depth] == [depth.shape for depth in alone.predicted_depth]
+        assert_same_depth(ours.predicted_depth, alone.predicted_depth)
 
 
 def test_a_failed_generate_leaves_nothing_behind(model):

@@ -1,10 +1,12 @@
 """The contestant behind an OpenAI-compatible endpoint, against a local server: good, bad and missing replies."""
 
 import base64
+import http.client
 import io
 import json
 import math
 import threading
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -208,11 +210,27 @@ def test_a_killed_run_goes_on_from_what_was_answered(server, tmp_path, monkeypat
     assert len(server.requests) == 20 and [answer.depth for answer in answers] == [2.5] * 20
 
 
+def test_after_an_error_nothing_more_is_asked(server):
+    server.replies = [(401, "wrong key"), said("2.5 m")]
+    with pytest.raises(NotRunnable, match="401"):  # before the second one's turn
+        make(requests_per_minute=60).answers([query(points=[(40, 30), (41, 30), (42, 30)])])
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), TimeoutError(), ConnectionResetError()])
+def test_an_error_whose_body_breaks_off_is_still_that_error(error):
+    class Broken(io.BytesIO):
+        def read(self, *size):
+            raise error
+
+    assert openai.read_error(urllib.error.HTTPError("http://host", 503, "busy", {}, Broken())) == b""
+
+
 def test_requests_keep_to_the_rate(monkeypatch, server):
     now, slept = [100.0], []
     contestant = make(requests_per_minute=30)
     monkeypatch.setattr(openai.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(openai.time, "sleep", slept.append)
+    monkeypatch.setattr(contestant, "sleep", slept.append)
     for _ in range(3):
         contestant.wait_turn()
     now[0] = 200.0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +79,25 @@ def test_one_bad_photo_is_named_and_the_rest_goes_on(tmp_path):
     assert run.returncode == 1
     assert "1 of 3 photos failed" in run.stderr and "bad.jpg" in run.stderr and "Traceback" not in run.stderr
     assert {path.name for path in (tmp_path / "out").glob("*.ply")} == {"same.ply", "same-2.ply"}
+
+
+def test_photos_that_are_too_much_for_memory_together_are_taken_one_by_one(tmp_path, monkeypatch, capsys):
+    import predict as script
+
+    def limited(model, processor, group, args):
+        if len(group) > 1 or group[0].stem == "large":
+            raise torch.OutOfMemoryError("out of memory, tried to allocate 900 GiB")
+        return whole(model, processor, group, args)
+
+    for name in ("small", "large", "other"):
+        Image.new("RGB", (64, 48), "green").save(tmp_path / f"{name}.png")
+    whole = script.predict
+    monkeypatch.setattr(script, "predict", limited)
+    photos = [str(tmp_path / f"{name}.png") for name in ("small", "large", "other")]
+    monkeypatch.setattr(sys, "argv", ["predict.py", *photos, "--output", str(tmp_path / "out")])
+    assert script.main() == 1
+    assert "large.png: not enough memory; lower --max-pixels" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").glob("*.ply")} == {"small.ply", "other.ply"}
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,20 @@ def test_focal_plane_tags_of_a_turned_photo(small, orientation):
         assert camera(small, image)["focal_length"] == pytest.approx(330.70866)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_exif_of_a_crop_is_not_believed(small, orientation):
+    tags = {FOCAL_35MM: 26, EXIF_WIDTH: 400, EXIF_HEIGHT: 300}
+    stored = with_exif(photo(400, 300), tags, orientation)
+    stored.load()
+    for whole in (stored, stored.resize((201, 150)), stored.reduce(3)):
+        whole.info = stored.info
+        assert camera(small, whole)["focal_length_source"] == "exif"
+    for box in ((0, 0, 300, 300), (0, 0, 400, 225), (50, 0, 350, 300)):
+        crop = stored.crop(box)
+        assert crop.getexif()  # Pillow keeps the tags
+        assert camera(small, crop)["focal_length_source"] == "assumed"
+
+
 def test_35_mm_equivalent_of_zero_means_unknown_and_gives_way_to_the_focal_plane(small):
     tags = {FOCAL_35MM: 0, FOCAL_MM: IFDRational(5), PLANE_RESOLUTION: IFDRational(2540)}
     assert camera(small, with_exif(photo(400, 300), tags))["focal_length"] == pytest.approx(500)
@@ -335,7 +349,7 @@ def test_orientation_is_honoured(processor, orientation):
 def folder(tmp_path_factory):
     """Photos as files: EXIF with orientation and focal plane, 16-bit gray, transparency."""
     folder = tmp_path_factory.mktemp("photos")
-    tags = {FOCAL_MM: IFDRational(42, 10), EXIF_WIDTH: 4000, EXIF_HEIGHT: 3000, **FOCAL_PLANE["inch"]}
+    tags = {FOCAL_MM: IFDRational(42, 10), EXIF_WIDTH: 4000, EXIF_HEIGHT: 2667, **FOCAL_PLANE["inch"]}
     for name, form in (("turned.jpg", "JPEG"), ("turned.png", "PNG")):
         (folder / name).write_bytes(encoded(photo(96, 64), form, exif=exif_of(tags, 6)))
     Image.fromarray(noise(96, 64, 1).astype(np.uint16) * 257).save(folder / "gray16.png")
@@ -378,6 +392,19 @@ def test_path_url_base64_and_pil_image_are_the_same_photo(processor, folder, url
     assert expected["cameras"][0]["focal_length_source"] == source
     for image in (path, str(path), f"{url}/{name}", data, f"data:image/png;base64,{data}"):
         assert_same(processor(images=image, return_tensors="pt"), expected)
+
+
+def test_urls_may_hold_what_people_write(processor, folder, url):
+    shutil.copy(folder / "gray16.png", folder / "Küche 1.png")
+    expected = processor(images=folder / "gray16.png", return_tensors="pt")
+    for name in ("Küche 1.png", "K%C3%BCche%201.png"):
+        assert_same(processor(images=f"{url}/{name}", return_tensors="pt"), expected)
+
+
+def test_what_a_wrong_path_is_is_said(processor, folder):
+    for name in ("Küche 2.png", "photos/room1", "abcd"):  # the last two are base64 as well
+        refused(lambda name=name: processor(name), name, "no such file")
+    refused(lambda: processor(str(folder)), folder.name, "it is a folder")
 
 
 @pytest.mark.parametrize("key", ["image", "path", "url", "base64"])
@@ -1153,6 +1180,7 @@ def test_a_saved_folder_works_in_a_fresh_process(make_processor, model, folder, 
     ):
         monkeypatch.setattr(cls, "_auto_class", auto_class)  # so that saving copies the code
     ours = make_processor(canonical_focal_length=250.0, default_fov=71.0)
+    monkeypatch.setattr(model.config, "canonical_focal_length", 250.0)  # one that differs would be refused
     saved = tmp_path / "model"
     model.save_pretrained(saved)
     ours.save_pretrained(saved)

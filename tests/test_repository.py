@@ -69,7 +69,7 @@ def test_readme_code_runs(tmp_path):
         .replace('"photo.jpg"', '"samples/room.jpg"')
         .replace("focal_length=1430.0", "focal_length=250.0")
     )
-    code += "\nassert isinstance(answer, str) and points.shape[-1] == 3\nprint('ok')"
+    code += "\nassert isinstance(answer, str) and points.numpy().shape[-1] == 3\nprint('ok')"
     run = run_python(sys.executable, code, tmp_path)
     assert run.returncode == 0 and "ok" in run.stdout, run.stderr
 

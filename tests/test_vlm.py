@@ -153,6 +153,8 @@ METRES = {
     '{"depth": "2.5 m", "confidence": 0.7}': 2.5,
     "between 2 and 3 meters\n\\boxed{2.4 \\text{ m}}": 2.4,
     "2 m or 3 m\n**Final answer: 2.5 m**": 2.5,
+    "2 m or 3 m\n**Final Answer:**\n\n2.5 m": 2.5,
+    "Answer:\n2.5 meters": 2.5,
     "Answer: 1 m\nAnswer: 2 m": 2,
     # thoughts
     "<think>3 m or 4 m</think> 7.5": 7.5,
@@ -184,6 +186,9 @@ UNPARSABLE = [
     "2 or 3",
     "3 ± 0.5 m",
     "1/2 m",
+    "1 200 mm",
+    "12\u202f345 mm",
+    "3 .2 m",
     "2x3 m",
     "3.2×10^0 m",
     "2.5 at a scale of 1:10",

@@ -87,7 +87,7 @@ class OpenAI(Contestant):
         # plain http goes straight to its host: a proxy would read the key
         proxies = {name: proxy for name, proxy in urllib.request.getproxies().items() if name == "https"}
         self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
-        self.lock, self.next_start = threading.Lock(), 0.0
+        self.lock, self.next_start, self.stopped = threading.Lock(), 0.0, threading.Event()
 
     def estimate(self, queries_count: int, points_count: int) -> str:
         """What asking about `points_count` points of `queries_count` images takes, in words."""
@@ -104,8 +104,13 @@ class OpenAI(Contestant):
         return text
 
     def answers(self, queries):
+        self.stopped.clear()
         with ThreadPoolExecutor(PARALLEL) as pool:
-            return vlm.answers(queries, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
+            try:
+                return vlm.answers(queries, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
+            except BaseException:
+                self.stopped.set()  # the pool waits for its threads; they ask nothing more
+                raise
 
     def ask(self, question) -> Answer:
         image, prompt = question
@@ -149,8 +154,7 @@ class OpenAI(Contestant):
                 check(reply)
                 return reply
             except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"HTTP {error.code}: {self.clean(error.read(2000))}"
+                reason = f"HTTP {error.code}: {self.clean(read_error(error))}"
                 if error.code in (301, 302, 303, 307, 308, 401, 402, 403, 404) or "insufficient_quota" in reason:
                     raise NotRunnable(f"{self.url} answers {reason}; see to key, model and credit") from None
                 if error.code not in RETRIED:
@@ -159,7 +163,7 @@ class OpenAI(Contestant):
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = self.clean(f"{type(error).__name__}: {error}".encode())
             if attempt < self.retries:
-                time.sleep(min(wait, LONGEST_WAIT))
+                self.sleep(min(wait, LONGEST_WAIT))
         raise Refused(f"{self.retries + 1} requests failed, the last with {reason}")
 
     def send(self, request) -> str:
@@ -184,7 +188,21 @@ class OpenAI(Contestant):
         with self.lock:
             start = max(self.next_start, time.monotonic())
             self.next_start = start + 60 / self.requests_per_minute
-        time.sleep(max(0, start - time.monotonic()))
+        self.sleep(max(0, start - time.monotonic()))
+
+    def sleep(self, seconds: float) -> None:
+        """Raises Refused when `answers` has ended meanwhile, by an error or by Ctrl-C."""
+        if self.stopped.wait(seconds):
+            raise Refused("stopped before it was asked")
+
+
+def read_error(error: urllib.error.HTTPError) -> bytes:
+    """The beginning of what came with an error; nothing, if the connection broke meanwhile."""
+    try:
+        with error:
+            return error.read(2000)
+    except (OSError, http.client.HTTPException):
+        return b""
 
 
 def check(reply) -> None:

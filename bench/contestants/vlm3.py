@@ -29,6 +29,7 @@ class VLM3(VisionLanguageModel):
     uses_intrinsics = True
     model_types = ()  # its own is "qwen3_vl", as that of many
     questions = staticmethod(questions)
+    max_new_tokens = 4096
 
 
 CONTESTANT = VLM3
