@@ -362,8 +362,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 "depth_labels are no input of the model; pop them from the batch and give them to silog_loss, with "
                 "outputs.predicted_depth"
             )
-        check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth)
-        check_cameras(cameras, self.config.canonical_focal_length)
+        check_image_inputs(self.config, input_ids, pixel_values, image_grid_thw, cameras, output_depth)
         if output_depth and input_ids is None and mm_encoder_outputs and mm_encoder_outputs.get("image") is not None:
             raise ValueError(
                 "mm_encoder_outputs['image'] came without input_ids, which say where the image's tokens are; pass "
@@ -465,8 +464,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             raise ValueError("output_depth=True needs return_dict_in_generate=True; a tensor has no room for depth")
         output_depth = bool(returns_dict) if output_depth is None else output_depth
         pixel_values, grid = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
-        check_image_inputs(kwargs.get("input_ids", inputs), pixel_values, grid, cameras, output_depth)
-        check_cameras(cameras, self.config.canonical_focal_length)
+        check_image_inputs(self.config, kwargs.get("input_ids", inputs), pixel_values, grid, cameras, output_depth)
         if pixel_values is not None and kwargs.get("mm_token_type_ids") is None:
             raise ValueError(
                 "mm_token_type_ids is missing beside pixel_values; without it the image would be placed like text, "
@@ -524,7 +522,7 @@ def select_states(states, asked: bool | int | list[int] | None):
     return tuple(state if place in places else None for place, state in enumerate(states))
 
 
-def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_depth):
+def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras, output_depth):
     """Refuse, in a sentence, image inputs that do not belong together."""
     if pixel_values is None:
         return
@@ -537,17 +535,13 @@ def check_image_inputs(input_ids, pixel_values, image_grid_thw, cameras, output_
         )
     if cameras is not None and len(cameras) != len(image_grid_thw):
         raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one an image, or None")
-
-
-def check_cameras(cameras: list[dict] | None, canonical_focal_length: float):
-    """Refuse photos that a processor has sized for another focal length than the model believes in."""
     for camera in cameras or ():
         camera = camera[0] if isinstance(camera, list) else camera  # a pipeline's batch has a list a photo
-        sized_for = camera.get("canonical_focal_length", canonical_focal_length)
-        if sized_for != canonical_focal_length:
+        sized_for = camera.get("canonical_focal_length", config.canonical_focal_length)
+        if sized_for != config.canonical_focal_length:
             raise ValueError(
-                f"canonical_focal_length is {sized_for} px in the processor and {canonical_focal_length} px in the "
-                "model, so metres would be wrong; load both from one checkpoint"
+                f"canonical_focal_length is {sized_for} px in the processor and {config.canonical_focal_length} px in "
+                "the model, so metres would be wrong; load both from one checkpoint"
             )
 
 

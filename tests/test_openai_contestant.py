@@ -213,7 +213,7 @@ def test_a_killed_run_goes_on_from_what_was_answered(server, tmp_path, monkeypat
 def test_after_an_error_nothing_more_is_asked(server):
     server.replies = [(401, "wrong key"), said("2.5 m")]
     with pytest.raises(NotRunnable, match="401"):  # before the second one's turn
-        make(requests_per_minute=60).answers([query(points=[(40, 30), (41, 30), (42, 30)])])
+        make(requests_per_minute=6).answers([query(points=[(40, 30), (41, 30), (42, 30)])])
     assert len(server.requests) == 1
 
 

@@ -156,6 +156,7 @@ class OpenAI(Contestant):
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}: {self.clean(read_error(error))}"
                 if error.code in (301, 302, 303, 307, 308, 401, 402, 403, 404) or "insufficient_quota" in reason:
+                    self.stopped.set()  # here: `answers` hears of it only when the questions before have their answers
                     raise NotRunnable(f"{self.url} answers {reason}; see to key, model and credit") from None
                 if error.code not in RETRIED:
                     raise Refused(reason) from None
