@@ -1,11 +1,16 @@
 # make demo: depth of the sample images, and the checkpoint's score on held-out frames.
-# make test: everything that CI runs.  make tiny: trains the tiny checkpoint.
+# make test: everything that CI runs.  make test-newest: the compatibility tests on the newest releases, tested or not.
+# make tiny: trains the tiny checkpoint.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 DATASETS3 := .venv-datasets3
+# What depends on the version of transformers: model, processor, pipeline, training, the lmms-eval plug-in, the README.
+COMPATIBILITY := $(addprefix tests/test_,repository.py configuration.py modeling.py processing.py convert_checkpoint.py \
+	predict.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
 
-.PHONY: demo test tiny lint clean
+.PHONY: demo test test-newest tiny lint clean
 
 demo: .venv/.installed
 	$(BIN)/python predict.py samples/*.jpg --output output
@@ -16,6 +21,10 @@ demo: .venv/.installed
 
 test: .venv/.dev $(OLDEST)/.installed $(DATASETS3)/.installed lint
 	$(BIN)/python -m pytest -q
+	$(OLDEST)/bin/python -m pytest -q $(COMPATIBILITY)
+
+test-newest: $(NEWEST)/.installed
+	$(NEWEST)/bin/python -m pytest -q $(COMPATIBILITY)
 
 # OpenMP's threads otherwise burn what data workers need, and convolutions are compiled anew for most sizes of image.
 tiny: export OMP_WAIT_POLICY = PASSIVE
@@ -41,12 +50,21 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# The oldest supported transformers over the rest of .venv, for a smoke test.
-$(OLDEST)/.installed: .venv/.installed
+# The oldest supported transformers over the rest of .venv.
+$(OLDEST)/.installed: .venv/.dev
 	$(PYTHON) -m venv $(OLDEST)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(OLDEST)/shared
 	cp $(OLDEST)/shared "$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps transformers==5.19.0
+	touch $@
+
+# The newest releases of what the model and its training build on; torch, of which a newer one takes gigabytes, as pinned.
+$(NEWEST)/.installed: requirements.txt requirements-dev.txt constraints.txt
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	sed -E 's/^(transformers|trl|datasets|accelerate|peft|huggingface_hub)[<>=][^ ]*/\1/' requirements.txt > $(NEWEST)/requirements.txt
+	grep -E '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet -r $(NEWEST)/requirements.txt pytest -c $(NEWEST)/constraints.txt
 	touch $@
 
 # datasets 3.6, the last that runs loading scripts.
@@ -56,4 +74,4 @@ $(DATASETS3)/.installed: Makefile
 	touch $@
 
 clean:
-	rm -rf .venv $(OLDEST) $(DATASETS3) output .pytest_cache .ruff_cache
+	rm -rf .venv $(OLDEST) $(NEWEST) $(DATASETS3) output .pytest_cache .ruff_cache

@@ -3,8 +3,13 @@
 import copy
 import math
 
+import transformers
+from packaging.version import Version
 from transformers import Qwen3VLConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.utils import logging
+
+TESTED_TRANSFORMERS = ("5.19.0", "5.24.0")  # the oldest and the newest; requirements.txt and Makefile say the same
 
 HEAD_TYPES = ("dpt", "dpt_original", "mlp", "mlp_multiscale")
 FEATURE_SOURCES = ("vit+llm", "vit", "llm")
@@ -20,6 +25,20 @@ PIPELINES = {
         "pt": ["AutoModelForImageTextToText"],
     }
 }
+
+
+def warn_of_untested_transformers():
+    """One warning per process, however many of the repository's files are imported."""
+    oldest, newest = TESTED_TRANSFORMERS
+    minor = Version(transformers.__version__).release[:2]
+    if not Version(oldest).release[:2] <= minor <= Version(newest).release[:2]:
+        logging.get_logger("transformers.depthvlm").warning_once(
+            f"DepthVLM was tested with transformers {oldest} to {newest}, and this is {transformers.__version__}; if "
+            "something fails, install a tested version"
+        )
+
+
+warn_of_untested_transformers()
 
 
 class DepthVLMConfig(Qwen3VLConfig):

@@ -5,17 +5,19 @@ LLM's last hidden state at the image's tokens are four maps on the token grid; `
 depth a pixel of the processed image. Text goes the way it goes in Qwen3-VL, bit for bit.
 """
 
+import functools
+import inspect
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType, SimpleNamespace
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 from transformers.utils import can_return_tuple
 
@@ -25,27 +27,30 @@ from .configuration_depthvlm import DepthVLMConfig
 depth_of_generate: ContextVar[dict] = ContextVar("depth_of_generate", default=MappingProxyType({}))
 
 
-@dataclass
-class DepthVLMOutput(ModelOutput):
-    """
-    Qwen3-VL's output fields and the depth of the batch's images.
+# arguments of the backbone's forward; what else comes goes to every part of it
+BACKBONE_ARGUMENTS = frozenset(inspect.signature(Qwen3VLModel.forward).parameters)
+CACHE = "cache" if "cache" in BACKBONE_ARGUMENTS else "past_key_values"  # renamed by transformers 5.24
 
-    loss (`torch.FloatTensor` of shape `(1,)`, given with `labels`): next-token loss.
-    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): as Qwen3-VL's.
-    predicted_depth (tuple of `torch.FloatTensor` of shape `(height, width)`, one an image, in the batch's order):
+
+@dataclass
+class DepthVLMOutput(CausalLMOutputWithPast):
+    """
+    Qwen3-VL's loss, logits, cache, hidden states and attentions, and the depth of the batch's images.
+
+    predicted_depth (tuple of `torch.FloatTensor` of shape `(height, width)`, one per image, in the batch's order):
         z-depth in metres as a camera of `config.canonical_focal_length` sees it, float32, at the processed image's
         size. `processor.post_process_depth_estimation` takes it to the photo's own camera and size. `None` with
         `output_depth=False`.
-    cameras (list of dict, one an image): what the processor said of each photo, passed on for post-processing.
+    cameras (list of dict, one per image): the processor's `cameras`, passed on for post-processing.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     predicted_depth: tuple[torch.FloatTensor, ...] | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     cameras: list[dict] | None = None
+
+    def to_tuple(self) -> tuple:
+        """Loss (with `labels`), logits, depth, then the rest, as far as there is any."""
+        first = [name for name in ("loss", "logits", "predicted_depth") if name in self]
+        return tuple(self[name] for name in (*first, *(name for name in self if name not in first)))
 
 
 @dataclass
@@ -78,8 +83,23 @@ class DepthVLMImageFeatures(BaseModelOutputWithDeepstackFeatures):
     visual_maps: tuple | None = None
 
 
+@dataclass
+class DepthVLMSeen:
+    """
+    What the depth head reads of one backbone pass; `DepthVLMModel.forward` fills it in.
+
+    input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): they say where the image tokens are.
+    images (`DepthVLMImageFeatures`): `None` without images.
+    outputs (`BaseModelOutputWithPast`): of the LLM.
+    """
+
+    input_ids: torch.LongTensor | None = None
+    images: DepthVLMImageFeatures | None = None
+    outputs: BaseModelOutputWithPast | None = None
+
+
 class DepthVLMModel(Qwen3VLModel):
-    """Qwen3-VL's backbone, which also tells what it saw: the image features with their grid, and its own output."""
+    """Qwen3-VL's backbone, whose image features and last hidden state can be had for the depth head."""
 
     config: DepthVLMConfig
 
@@ -95,39 +115,31 @@ class DepthVLMModel(Qwen3VLModel):
     def forward(
         self,
         input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
+        *,
         pixel_values=None,
         pixel_values_videos=None,
         image_grid_thw=None,
         video_grid_thw=None,
-        mm_token_type_ids=None,
         mm_encoder_outputs=None,
-        seen: SimpleNamespace | None = None,
+        seen: DepthVLMSeen | None = None,
         **kwargs,
     ):
-        """As Qwen3-VL's; `seen`, if given, gets the attributes `input_ids`, `images` (None without) and `outputs`."""
+        """As Qwen3-VL's; `seen`, if given, is filled in. The cache goes by upstream's name."""
         if seen is not None and mm_encoder_outputs is None:
-            # encoded here and handed over, so that the depth head reads the very features that the LLM reads
+            # encoded here and handed over: only transformers 5.24 and later return the features that the LLM reads
+            options = {name: value for name, value in kwargs.items() if name not in BACKBONE_ARGUMENTS}
             mm_encoder_outputs = {}
             if pixel_values is not None:
-                mm_encoder_outputs["image"] = self.get_image_features(pixel_values, image_grid_thw, **kwargs)
+                mm_encoder_outputs["image"] = self.get_image_features(pixel_values, image_grid_thw, **options)
             if pixel_values_videos is not None:
-                mm_encoder_outputs["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+                mm_encoder_outputs["video"] = self.get_video_features(pixel_values_videos, video_grid_thw, **options)
             pixel_values = pixel_values_videos = None
         outputs = super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
-            mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
@@ -340,6 +352,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         mm_token_type_ids: torch.IntTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None,
         output_depth: bool = True,
         cameras: list[dict] | None = None,
         output_hidden_states: bool | None = None,
@@ -348,6 +361,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         r"""
         As Qwen3-VL's `forward`, with:
 
+        cache (`Cache`, *optional*): as `past_key_values`; upstream's name for it since transformers 5.24.
         output_depth (`bool`, defaults to `True`): whether to predict depth for the batch's images.
         cameras (list of dict, one an image): the processor's, handed on to the output for post-processing.
 
@@ -368,13 +382,14 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 "mm_encoder_outputs['image'] came without input_ids, which say where the image's tokens are; pass "
                 "input_ids too, or output_depth=False"
             )
-        seen = SimpleNamespace() if output_depth else None  # not a dict: accelerate's hooks would fill a copy
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+        seen = DepthVLMSeen() if output_depth else None  # not a dict: accelerate's hooks would fill a copy
         needs_states = output_depth and self.config.depth_feature_source == "llm"
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             pixel_values=pixel_values,
@@ -387,21 +402,22 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             output_hidden_states=needs_states or output_hidden_states,
             return_dict=True,
             seen=seen,
+            **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
         return DepthVLMOutput(
             loss=outputs.loss,
             logits=outputs.logits,
-            predicted_depth=self.predict_depth(seen) if output_depth else None,
-            past_key_values=outputs.past_key_values,
             hidden_states=select_states(outputs.hidden_states, output_hidden_states)
             if needs_states
             else outputs.hidden_states,
             attentions=outputs.attentions,
+            predicted_depth=self.predict_depth(seen) if output_depth else None,
             cameras=cameras,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def predict_depth(self, seen: SimpleNamespace) -> tuple[torch.Tensor, ...]:
+    def predict_depth(self, seen: DepthVLMSeen) -> tuple[torch.Tensor, ...]:
         """
         Depth from what the backbone has seen (`DepthVLMModel.forward`): the head runs once a group of equal grids.
 
@@ -419,7 +435,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
                 depth[index] = prediction
         return tuple(depth)
 
-    def depth_features(self, seen: SimpleNamespace) -> list[tuple[list[torch.Tensor], tuple[int, int]]]:
+    def depth_features(self, seen: DepthVLMSeen) -> list[tuple[list[torch.Tensor], tuple[int, int]]]:
         """The depth head's arguments for each image: four features `(grid_h * grid_w, hidden_size)`, and the grid."""
         images = seen.images
         if images is None:
@@ -486,6 +502,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         output_class = DepthVLMGenerateBeamOutput if is_beam else DepthVLMGenerateOutput
         return output_class(**outputs, predicted_depth=found.get("predicted_depth", ()), cameras=cameras)
 
+    @functools.wraps(Qwen3VLForConditionalGeneration.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         model_inputs["output_depth"] = depth_of_generate.get().get(id(self)) == {}  # asked for, and not there yet

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import BatchFeature, Pipeline, Qwen3VLProcessor
+from transformers import BatchFeature, Pipeline, Qwen3VLConfig, Qwen3VLProcessor
+
+from .configuration_depthvlm import warn_of_untested_transformers
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 DEPTH_PROMPT = (
@@ -41,6 +43,8 @@ FULL_FRAME_DIAGONAL = math.hypot(36, 24)  # mm, of the film that "35 mm equivale
 EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 37386, 41989, 40962, 40963
 EXIF_FOCAL_PLANE_X_RESOLUTION, EXIF_FOCAL_PLANE_UNIT = 41486, 41488
 MILLIMETRES = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # a focal plane resolution unit -> mm
+
+warn_of_untested_transformers()  # a processor can be loaded without the model
 
 
 class DepthVLMProcessor(Qwen3VLProcessor):
@@ -63,6 +67,11 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         self.canonical_focal_length = canonical_focal_length
         self.default_fov = default_fov
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args, **kwargs):
+        # AutoTokenizer would read config.json, whose model type it does not know without the remote code
+        return super()._load_tokenizer_from_pretrained(*args, config=Qwen3VLConfig(), **kwargs)
 
     def __call__(
         self,

@@ -32,7 +32,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 import local_package  # noqa: F401
 from data_sft import Collator, DataArguments, EvalSamples, TrainingStream, conversation, decode
 from depthvlm.configuration_depthvlm import DepthVLMConfig
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, silog_loss
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, silog_loss
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
         if depth_targets is None:
             return fused_forward(*args, **kwargs)
         depth_labels, depth_scale = depth_targets.labels, depth_targets.scale
-        seen = SimpleNamespace()  # made here: DDP and FSDP would hand on a copy
+        seen = DepthVLMSeen()  # made here: DDP and FSDP would hand on a copy
         if isinstance(self.depth_head, FSDPModule):
             raise ValueError(
                 "FSDP2 has sharded the depth head by itself, but ranks call it once a labelled image, so they would "

@@ -39,7 +39,7 @@ from transformers.initialization import no_init_weights
 
 import local_package  # noqa: F401
 from depthvlm.configuration_depthvlm import DepthVLMConfig
-from depthvlm.modeling_depthvlm import DepthVLMDPTHead, DepthVLMForConditionalGeneration
+from depthvlm.modeling_depthvlm import DepthVLMDPTHead, DepthVLMForConditionalGeneration, DepthVLMSeen
 
 TEXT_TOKENS = 64  # of the prompt, beside the image's: about the depth prompt with its system message
 ALTERNATIVE = {  # contestant -> what its ratio is against
@@ -297,7 +297,7 @@ def training_steps(
     def straightforward_step():
         """Logits of all positions and their loss, the head for one image after another; the backbone is frozen."""
         model.zero_grad()
-        seen = SimpleNamespace()
+        seen = DepthVLMSeen()
         states = model.model(**inputs, seen=seen).last_hidden_state
         logits = model.lm_head(states).float()
         F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # logged

@@ -15,8 +15,11 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from tiny import (
+    CACHE,
     IMAGE,
     PIXELS,
     ROOT,
@@ -50,6 +53,10 @@ LAYOUTS = {
     "0, 1 and 2 images": [[(2, 3)], [], [(2, 3), (4, 2)]],
 }
 RAGGED = LAYOUTS["0, 1 and 2 images"]
+SINCE_5_23 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="before 5.23 Qwen3-VL takes -1 and lists of hidden states for True, and chunked prefills change its tokens",
+)
 SETTINGS = {"max_new_tokens": 4, "suppress_tokens": list(TOKENS.values())}
 
 
@@ -178,7 +185,9 @@ def test_tuple_starts_with_logits_and_depth(model):
 
 
 @pytest.mark.parametrize("source", ["vit+llm", "llm"])
-@pytest.mark.parametrize("hidden", [True, False, None, -1, [1, 2]], ids=str)
+@pytest.mark.parametrize(
+    "hidden", [True, False, None, *(pytest.param(some, marks=SINCE_5_23) for some in (-1, [1, 2]))], ids=str
+)
 def test_hidden_states_and_attentions_are_the_parents(source, hidden):
     model, plain = models("eager", source=source)
     batch = tiny_batch(RAGGED)
@@ -196,8 +205,8 @@ def test_a_next_step_has_no_depth(model, plain):
     """A generate loop written by hand: only the pass that sees the images has their depth."""
     batch = tiny_batch([[(2, 3)]])
     step = torch.tensor([[9]])
-    ours = model(input_ids=step, past_key_values=model(**batch, use_cache=True).past_key_values)
-    theirs = plain(input_ids=step, past_key_values=plain(**batch, use_cache=True).past_key_values)
+    ours = model(input_ids=step, **{CACHE: model(**batch, use_cache=True)[CACHE]})
+    theirs = plain(input_ids=step, **{CACHE: plain(**batch, use_cache=True)[CACHE]})
     assert torch.equal(ours.logits, theirs.logits) and ours.predicted_depth == ()
 
 
@@ -574,7 +583,11 @@ def test_our_model_assists_qwen3_vl(plain):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"return_dict_in_generate": True, "output_depth": False}, {"output_depth": False, "prefill_chunk_size": 4}],
+    [
+        {},
+        {"return_dict_in_generate": True, "output_depth": False},
+        pytest.param({"output_depth": False, "prefill_chunk_size": 4}, marks=SINCE_5_23),
+    ],
     ids=["no dict", "output_depth=False", "chunked prefill"],
 )
 def test_generate_without_depth_costs_nothing(model, plain, settings):
@@ -672,9 +685,9 @@ def test_a_second_turn_on_the_first_ones_cache(model, plain):
     batch, turns = tiny_batch([[(2, 3)]]), []
     for one in (model, plain):
         cache = DynamicCache(config=one.config)
-        first = one.generate(**batch, **SETTINGS, past_key_values=cache)
+        first = one.generate(**batch, **SETTINGS, **{CACHE: cache})
         ids = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
-        turns.append(one.generate(input_ids=ids, **SETTINGS, past_key_values=cache, return_dict_in_generate=True))
+        turns.append(one.generate(input_ids=ids, **SETTINGS, **{CACHE: cache}, return_dict_in_generate=True))
     assert torch.equal(turns[0].sequences, turns[1].sequences) and turns[0].predicted_depth == ()
 
 
@@ -1024,6 +1037,36 @@ def test_the_backbone_is_built_once(monkeypatch):
     )
     DepthVLMForConditionalGeneration(tiny_config())
     assert len(built) == 1
+
+
+def test_the_cache_has_two_names(model):
+    """Upstream's old and new one, on every transformers; each step decodes one token on the prefill's keys."""
+    batch = tiny_batch([[(2, 3)]])
+    expected = model(input_ids=torch.tensor([[9]]), past_key_values=model(**batch, use_cache=True)[CACHE]).logits
+    again = model(input_ids=torch.tensor([[9]]), cache=model(**batch, use_cache=True)[CACHE]).logits
+    assert torch.equal(again, expected)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="two names of one argument; pass one"):
+        model(**batch, cache=cache, past_key_values=cache)
+
+
+def test_generate_decodes_one_token_a_step(model):
+    """However upstream names the cache: without it, each step would decode the whole sequence again."""
+    batch = tiny_batch([[(2, 3)]])
+    length = batch["input_ids"].shape[1]
+    for settings, steps in (
+        (MODES["greedy"], [1, 1, 1]),
+        (MODES["beams"], [1, 1, 1]),
+        (MODES["static cache"], [1, 1, 1]),
+    ):
+        with contextlib.ExitStack() as stack:
+            (llm,) = count_calls(stack, model.model.language_model)
+            model.generate(**batch, **SETTINGS, **settings, return_dict_in_generate=True)
+        assert [shape[1] for shape in llm] == [length, *steps]
+    with contextlib.ExitStack() as stack:
+        (llm,) = count_calls(stack, model.model.language_model)
+        model.generate(**batch, **SETTINGS, prompt_lookup_num_tokens=2, return_dict_in_generate=True)
+    assert [shape[1] for shape in llm][0] == length and max(shape[1] for shape in llm[1:]) <= 3
 
 
 def test_forward_takes_all_that_qwen3_vl_takes():

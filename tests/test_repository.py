@@ -1,4 +1,4 @@
-"""The repository as users meet it: a folder that Auto classes load, on the oldest transformers too, and its README."""
+"""The repository as users meet it: a folder that Auto classes load, and its README."""
 
 import os
 import re
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from depthvlm.configuration_depthvlm import TESTED_TRANSFORMERS
+
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST = ROOT / ".venv-oldest" / "bin" / "python"
 SMOKE = """
 import torch, transformers
 from PIL import Image
@@ -53,11 +54,40 @@ def test_root_is_a_model_repository(tmp_path):
     assert run.returncode == 0 and "ok" in run.stdout, run.stderr
 
 
-def test_oldest_supported_transformers(tmp_path):
-    if not OLDEST.exists():
-        pytest.skip(f"{OLDEST.parent.parent.name} is not there; `make test` makes it")
-    run = run_python(OLDEST, SMOKE.format(root=str(ROOT)), tmp_path, cwd=tmp_path)
-    assert run.returncode == 0 and "ok 5.19.0" in run.stdout, run.stderr
+@pytest.mark.parametrize("version, warnings", [("5.18.4", 1), ("5.19.0", 0), ("5.24.9", 0), ("5.25.0.dev0", 1)])
+def test_an_untested_transformers_is_named_once(tmp_path, version, warnings):
+    """Config, model and processor each import the check, under module names of their own."""
+    code = f"""
+import sys
+from transformers import AutoModel, AutoProcessor
+sys.modules["transformers"].__version__ = {version!r}
+AutoProcessor.from_pretrained({str(ROOT)!r}, trust_remote_code=True)
+AutoModel.from_pretrained({str(ROOT)!r}, trust_remote_code=True)
+"""
+    run = run_python(sys.executable, code, tmp_path)
+    said = [line for line in run.stderr.splitlines() if "was tested with transformers" in line]
+    assert run.returncode == 0 and len(said) == warnings, run.stderr
+    assert all(f"5.19.0 to 5.24.0, and this is {version}" in line for line in said)
+
+
+def test_the_tested_range_is_stated_alike():
+    oldest, newest = TESTED_TRANSFORMERS
+    minor = newest.split(".")[1]
+    assert f"transformers>=5.{oldest.split('.')[1]},<5.{int(minor) + 1}\n" in (ROOT / "requirements.txt").read_text()
+    assert f"\ntransformers=={newest}\n" in (ROOT / "constraints.txt").read_text()
+    assert f"transformers=={oldest}" in (ROOT / "Makefile").read_text()
+
+
+def test_loading_says_nothing_of_model_types(tmp_path):
+    """What our commands load their models with: `AutoTokenizer` would ask for a model type that it does not know."""
+    code = f"""
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+from depthvlm.processing_depthvlm import DepthVLMProcessor
+DepthVLMForConditionalGeneration.from_pretrained({str(ROOT)!r})
+DepthVLMProcessor.from_pretrained({str(ROOT)!r}, trust_remote_code=False)
+"""
+    run = run_python(sys.executable, "import local_package\n" + code, tmp_path)
+    assert run.returncode == 0 and "model of type" not in run.stderr + run.stdout, run.stderr
 
 
 def test_readme_code_runs(tmp_path):

@@ -1,5 +1,6 @@
 """A DepthVLM that fits in a test: random weights, 64 wide, and batches for it made by hand."""
 
+import inspect
 from pathlib import Path
 
 import torch
@@ -12,6 +13,12 @@ from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
 PIXELS = 32  # a token's side: patch 16, merged 2x2
+# `cache` since transformers 5.24, `past_key_values` before
+CACHE = next(
+    name
+    for name in inspect.signature(Qwen3VLForConditionalGeneration.forward).parameters
+    if name in ("cache", "past_key_values")
+)
 
 TEXT = {
     "hidden_size": 64,

@@ -1,7 +1,6 @@
 """A trainer that is given its batches, the same losses by hand, and gradients to compare them by."""
 
 import functools
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2TokenizerFast, TrainerCallback
 
 from create_tiny import SPECIAL_TOKENS, create_processor
+from depthvlm.modeling_depthvlm import DepthVLMSeen
 from train_sft import DepthSFTConfig, DepthSFTTrainer, freeze
 
 HEAD, ALL = ["depth_head"], ["language_model", "lm_head", "depth_head", "vision"]
@@ -116,7 +116,7 @@ def naive_losses(model, batches, beta=1.0, text=True):
     tokens, token_count, images = 0.0, 0, []
     for batch in batches:
         inputs = {key: batch[key] for key in batch if key not in ("labels", "depth_labels", "position")}
-        seen = SimpleNamespace()
+        seen = DepthVLMSeen()
         logits = model.lm_head(model.model(**inputs, seen=seen, output_hidden_states=True).last_hidden_state)
         targets = batch["labels"][:, 1:]
         tokens = tokens + F.cross_entropy(
