@@ -41,9 +41,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/.installed: requirements.txt constraints.txt
+.venv/.installed: pyproject.toml requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e . -c constraints.txt
 	touch $@
 
 .venv/.dev: .venv/.installed requirements-dev.txt
@@ -53,7 +53,7 @@ lint: .venv/.dev
 # The oldest supported transformers over the rest of .venv.
 $(OLDEST)/.installed: .venv/.dev
 	$(PYTHON) -m venv $(OLDEST)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(OLDEST)/shared
+	$(BIN)/python -c "import sysconfig; print(f'import site; site.addsitedir({sysconfig.get_path(\"purelib\")!r})')" > $(OLDEST)/shared
 	cp $(OLDEST)/shared "$$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth"
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps transformers==5.19.0
 	touch $@
@@ -65,6 +65,7 @@ $(NEWEST)/.installed: requirements.txt requirements-dev.txt constraints.txt
 	sed -E 's/^(transformers|trl|datasets|accelerate|peft|huggingface_hub)[<>=][^ ]*/\1/' requirements.txt > $(NEWEST)/requirements.txt
 	grep -E '^torch==' constraints.txt > $(NEWEST)/constraints.txt
 	$(NEWEST)/bin/python -m pip install --quiet -r $(NEWEST)/requirements.txt pytest -c $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 # datasets 3.6, the last that runs loading scripts.

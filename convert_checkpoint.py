@@ -25,13 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Qwen3VLConfig
 
-import local_package  # noqa: F401
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 ROOT = Path(__file__).resolve().parent
-CODE = ("configuration_depthvlm.py", "modeling_depthvlm.py", "processing_depthvlm.py")
+CODE = ("configuration_depthvlm.py", "modeling_depthvlm.py", "photos_depthvlm.py", "processing_depthvlm.py")
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 # a sub-processor's section in processor_config.json, and its own file
 IMAGE_PROCESSOR = ("image_processor", "preprocessor_config.json")

@@ -273,6 +273,14 @@ class DepthVLMMLPHead(nn.Module):
             return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+HEADS = {  # depth_head_type -> class
+    "dpt": DepthVLMDPTHead,
+    "dpt_original": DepthVLMDPTHead,
+    "mlp": DepthVLMMLPHead,
+    "mlp_multiscale": DepthVLMMLPHead,
+}
+
+
 def pixels_per_token(config: DepthVLMConfig) -> int:
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
@@ -302,7 +310,10 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
     """
 
     config: DepthVLMConfig
-    _no_split_modules = [*Qwen3VLForConditionalGeneration._no_split_modules, "DepthVLMDPTHead", "DepthVLMMLPHead"]
+    _no_split_modules = [
+        *Qwen3VLForConditionalGeneration._no_split_modules,
+        *sorted({head.__name__ for head in HEADS.values()}),
+    ]
 
     def __init__(self, config: DepthVLMConfig):
         config.validate_architecture()  # again: from_pretrained sets the fields it was given after construction
@@ -310,8 +321,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = DepthVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        head_class = DepthVLMDPTHead if config.depth_head_type.startswith("dpt") else DepthVLMMLPHead
-        self.depth_head = head_class(config)
+        self.depth_head = HEADS[config.depth_head_type](config)
         self.post_init()
 
     def _init_weights(self, module):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from . import sources
 from .ablate import add_ablate
+from .arguments import add_output, positive
 from .report import add_report
 from .retention import add_retention
-from .source import BadFrame, Source
+from .sources._base import BadFrame, Source
 
 
 def add_build(commands) -> None:
@@ -51,7 +52,7 @@ def add_import(commands) -> None:
 
 
 def run_import(args) -> int:
-    from .import_annotations import AnnotationReader, import_annotations
+    from .annotations import AnnotationReader, import_annotations
 
     reader = AnnotationReader(sources.get(args.source), args.split, args.images, args.depths, args.as_released)
     summarise(import_annotations(args.annotations, reader, args.out, args.num_proc, args.strict))
@@ -136,10 +137,10 @@ def add_evaluate(commands) -> None:
 
 
 def run_evaluate(args) -> int:
-    from . import contestants, evaluate
+    from . import contestants, evaluate, rows
 
     name, checkpoint = evaluate.find_contestant(args.model)
-    sources = tuple(evaluate.open_sources(args.data, args.sources))
+    sources = tuple(rows.open_sources(args.data, args.sources))
     asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
     title = re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.") or Path(args.model).resolve().name  # of "." too
     out = args.out or Path("results") / title
@@ -167,19 +168,6 @@ def run_evaluate(args) -> int:
 def print_scores(name: str, scores: dict, note: str) -> None:
     values = "  ".join(f"{key} {'-' if value is None else format(value, '.4f')}" for key, value in scores.items())
     print(f"{name}: {values}  ({note})")
-
-
-def add_output(parser) -> None:
-    """The options of every command that writes shards."""
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="shards go to DIR/SOURCE, card to DIR")
-    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="worker processes")
-    parser.add_argument("--strict", action="store_true", help="a frame that cannot be used is an error, not a listing")
-
-
-def positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
-    return int(value)
 
 
 def summarise(record: dict) -> None:

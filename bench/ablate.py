@@ -19,6 +19,8 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from .arguments import positive
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "configs" / "ablations"
 TITLES = {
@@ -36,8 +38,6 @@ METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": 
 
 
 def add_ablate(commands) -> None:
-    from .__main__ import positive
-
     parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
     parser.add_argument("--scale", choices=("tiny",), default="tiny", help="size of the model")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
@@ -122,7 +122,7 @@ def ablate(
 def build_data(folder: Path, frames: int, num_proc: int) -> Path:
     """`frames` procedural frames to train on and `held_out` ones to score on, built where they are missing."""
     from . import build, sources
-    from .sources.procedural import COUNTS
+    from .sources.procedural.source import COUNTS
 
     if frames > COUNTS["train"]:
         raise ValueError(f"--frames {frames} is more than procedural's {COUNTS['train']} to train on; ask for fewer")
@@ -161,7 +161,7 @@ def without_focal_lengths(data: Path, focal_length: float) -> Path:
 
 def pretrain(out: Path, data: Path, seed: int, frames: int, changes: dict) -> Path:
     """The tiny model that all rows of a seed start from, trained on questions alone as configs/tiny_pretrain.yaml."""
-    import create_tiny
+    from depthvlm import create_tiny
 
     start = out / "runs" / f"start-seed{seed}"
     if not (start / "finished.json").exists():
@@ -185,7 +185,6 @@ def start_with_head(out: Path, pretrained: Path, config: dict, seed: int) -> Pat
     """A pretrained tiny model with the configuration's fields `config` and an untrained head that they ask for."""
     import torch
 
-    import local_package  # noqa: F401
     from depthvlm.configuration_depthvlm import DepthVLMConfig
     from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
     from depthvlm.processing_depthvlm import DepthVLMProcessor

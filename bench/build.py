@@ -29,7 +29,8 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from . import sampling
-from .source import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
+from .files import open_whole, write_json
+from .sources._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
 
 SHARD_IMAGES = 200
 ROW_GROUP_IMAGES = 100  # a viewer and a stream read a row group at a time
@@ -214,10 +215,9 @@ def schema() -> pa.Schema:
 def write_shard(reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], strict: bool) -> dict:
     """Write one shard under another name, put it in place, then its report, which is returned."""
     report = {"ids": _ids(items), "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows, size, seen = [], 0, set()
-    try:
-        with pq.ParquetWriter(unfinished, arrow, use_dictionary=["source", "split", "scene", "camera"]) as writer:
+    with open_whole(path) as file:
+        with pq.ParquetWriter(file, arrow, use_dictionary=["source", "split", "scene", "camera"]) as writer:
             for frame, n_points in items:
                 row, reason, words = read_row(reader, frame, n_points)
                 if row is None:
@@ -239,9 +239,6 @@ def write_shard(reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, i
                     rows, size = [], 0
             if rows:  # an empty row group cannot be loaded
                 writer.write_table(pa.Table.from_pylist(rows, arrow))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     write_json(_report_path(path), report)
     return report
 
@@ -342,13 +339,6 @@ def _report_path(shard: Path) -> Path:
 
 def _ids(items: list[tuple[Frame, int]]) -> str:
     return sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file in one step: whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
 
 
 # Processes

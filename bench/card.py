@@ -1,10 +1,10 @@
 """The dataset card of a build: OUT/README.md, whose `configs:` tell `load_dataset` which shards are what."""
 
 import json
-import os
 from pathlib import Path
 
 from .depthvlm_bench import GROUPS
+from .files import write_text
 
 HEAD = """---
 pretty_name: DepthVLM-Bench
@@ -63,9 +63,7 @@ def write(out: Path) -> None:
         facts = next(record for record in records if record["source"] == name)
         text += f"\n### {facts['title']} (`{name}`)\n\n"
         text += f"Licence: {facts['licence']}  \nPage: {facts['page']}  \nCite: {facts['citation']}\n"
-    unfinished = Path(out) / f".README.md.{os.getpid()}.tmp"
-    unfinished.write_text(text)
-    os.replace(unfinished, Path(out) / "README.md")
+    write_text(Path(out) / "README.md", text)
 
 
 def section(title: str) -> str:

@@ -65,7 +65,7 @@ GROUPS = {
 }
 
 # Files of the sources beside this one; none where datasets 3.x has copied this file alone into its cache.
-_NAMES = sorted(path.stem for path in (Path(__file__).parent / "sources").glob("[!_]*.py"))
+_NAMES = sorted(path.stem for path in (Path(__file__).parent / "sources").glob("[!_.]*"))
 
 
 @dataclass

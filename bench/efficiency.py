@@ -37,7 +37,6 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-import local_package  # noqa: F401
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMDPTHead, DepthVLMForConditionalGeneration, DepthVLMSeen
 
@@ -276,7 +275,8 @@ def training_steps(
     """A stage-1 step of `train_sft.py`, up to the head's gradients, and the same one as one writes it down."""
     from trl.trainer.utils import add_fused_lm_head
 
-    from train_sft import add_depth_loss, freeze
+    from training.loss import add_depth_loss
+    from training.trainer import freeze
 
     model = random_model(config, dtype, "cpu").train()
     freeze(model, ["depth_head"])
@@ -355,7 +355,7 @@ def evaluation_overhead(checkpoint: str, data: str) -> dict:
     The forwards alone are timed first, one batch after the other with nothing beside them: while `evaluate` reads and
     prepares ahead, its own forwards share a CPU's cores with that.
     """
-    from . import evaluate
+    from . import evaluate, rows
     from .contestants.depthvlm import DepthVLM
 
     contestant, seconds = DepthVLM(checkpoint), []
@@ -368,12 +368,12 @@ def evaluation_overhead(checkpoint: str, data: str) -> dict:
         return outputs
 
     contestant.model.forward = timed
-    opened = evaluate.open_sources(data, None)
+    opened = rows.open_sources(data, None)
     run = evaluate.Run(checkpoint, data, tuple(opened))
-    kept = evaluate.points_of(run, opened)
-    for name, rows in opened.items():
-        for start in range(0, len(rows), evaluate.CHUNK):
-            _, queries = evaluate.read_chunk(rows, start, kept[name], run.mode)
+    kept = rows.points_of(opened, run.mode, run.max_points)
+    for name, dataset in opened.items():
+        for start in range(0, len(dataset), rows.CHUNK):
+            _, queries = rows.read_chunk(dataset, start, kept[name], run.mode)
             for first in range(0, len(queries), EVALUATED_AT_ONCE):
                 contestant.maps(contestant.prepare(queries[first : first + EVALUATED_AT_ONCE]))
     alone = sum(seconds)

@@ -1,4 +1,4 @@
-"""Cameras and grids: the conversions that every source needs, each written once. Conventions: see source.py."""
+"""Cameras and grids: the conversions that every source needs, each written once. Conventions: see sources/_base.py."""
 
 import numpy as np
 

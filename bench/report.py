@@ -15,7 +15,8 @@ import pandas
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-FORMAT = "depthvlm-bench-results/1"
+from .scoring import FORMAT
+
 PAPER = Path(__file__).with_name("paper_results.json")
 POINT_COLUMNS = ["id", "source", "u", "v", "gt", "prediction", "status"]
 DEPTH_EDGES = (0, 1, 2, 3, 5, 10, 20, 40, 80, np.inf)  # metres
@@ -421,7 +422,7 @@ def worst_first(table: pandas.DataFrame) -> list[tuple[str, str]]:
 
 def contact_sheet(run: Results, data: str, images: list[tuple[str, str]], file: Path) -> None:
     """Images with their points in a grid. Raises ValueError where `data` has not what was evaluated."""
-    from .evaluate import open_test_rows
+    from .rows import open_test_rows
 
     columns = min(4, len(images))
     figure = new_figure(3.4 * columns, 3.1 * -(-len(images) // columns) + 0.4)

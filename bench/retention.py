@@ -9,6 +9,8 @@ import json
 import string
 from pathlib import Path
 
+from .arguments import positive
+
 PROMPTS = (
     "Describe this image.",
     "How many people are there?",
@@ -25,8 +27,6 @@ MODEL_TYPES = ("depthvlm", "qwen3_vl")
 
 
 def add_retention(commands) -> None:
-    from .__main__ import positive
-
     parser = commands.add_parser("retention", help="base and tuned model on fixed questions: canned replies, agreement")
     parser.add_argument("--base", metavar="MODEL", required=True, help="what the tuned model was; a Qwen3-VL will do")
     parser.add_argument("--tuned", metavar="MODEL", required=True, help="a DepthVLM; its processor is used for both")
@@ -82,7 +82,7 @@ def read_photos(path: Path, limit: int) -> list[tuple[str, object, float | None]
 def read_shards(shards: list[Path], limit: int) -> list[tuple[str, object, float]]:
     import datasets
 
-    from data_sft import decode
+    from training.data import decode
 
     rows = datasets.load_dataset("parquet", data_files=[str(shard) for shard in shards], split="train", streaming=True)
     return [
@@ -97,7 +97,6 @@ def compare(base: str, tuned: str, photos: list[tuple], max_new_tokens: int = 64
     base, tuned: folders or Hub ids. photos: as `read_photos` returns them. Raises ValueError for models whose
     tokenizers cannot be the same.
     """
-    import local_package  # noqa: F401
     from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
 
     check_same_tokens(base, tuned)
@@ -125,7 +124,6 @@ def compare(base: str, tuned: str, photos: list[tuple], max_new_tokens: int = 64
 
 def scores(pairs: list[tuple[str, str]]) -> dict[str, float]:
     """Shares over (base's answer, tuned model's). A canned reply counts whatever its case, punctuation and spaces."""
-    import local_package  # noqa: F401
     from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 
     canned = normalised(DEPTH_RESPONSE)
@@ -160,9 +158,8 @@ def check_same_tokens(base: str, tuned: str) -> None:
 def ask(checkpoint: str, processor, rows: list[dict], max_new_tokens: int, device: str) -> list[str]:
     from transformers import PreTrainedConfig, Qwen3VLForConditionalGeneration
 
-    import local_package  # noqa: F401
     from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-    from train_sft import generate_answers
+    from training.questions import generate_answers
 
     depthvlm = PreTrainedConfig.get_config_dict(checkpoint)[0]["model_type"] == "depthvlm"
     cls = DepthVLMForConditionalGeneration if depthvlm else Qwen3VLForConditionalGeneration

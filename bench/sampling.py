@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from .geometry import change_grid
-from .source import Frame
+from .sources._base import Frame
 
 IMAGES = {"train": 800_000, "test": 1000}  # the paper's number of images a set; all where there are fewer
 POINTS = 10_000  # scored points a set, divided over its images

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bench.source import BadFrame, Frame, Sample, Source
+from bench.sources._base import BadFrame, Frame, Sample, Source
 
 SIZE, DEPTH_SIZE = (40, 24), (20, 12)  # (W, H) of image and depth map
 INTRINSICS = (30.0, 31.0, 19.5, 11.5)

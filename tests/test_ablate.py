@@ -7,12 +7,12 @@ import subprocess
 import pytest
 import yaml
 
-import create_tiny
 from bench import ablate
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 
 FAST = {"max_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
 FAST |= {"eval_questions": 0}
+CANONICAL_FOCAL_LENGTH = 200.0  # px, of the tiny model
 ROWS_OF_PAPER = {4: 4, 5: 4, 6: 4, 7: 4}
 BEST_OF_PAPER = {  # table -> its last column, IBims-1, in the paper's order of rows
     4: [0.695, 0.806, 0.895, 0.912],
@@ -32,14 +32,14 @@ def test_rows_are_the_papers():
     assert all(rows[name]["paper_vqa"] for name in ablate.rows_of(rows, 6))
     assert [name for name in rows if not rows[name]["focal_normalization"]] == ["focal_raw"]
     assert [name for name in rows if "vision" in rows[name]["stage2"]["trains"]] == ["unfreeze_vit"]
-    tiny = create_tiny.CANONICAL_FOCAL_LENGTH
+    tiny = CANONICAL_FOCAL_LENGTH
     focal = {name: rows[name]["config"].get("canonical_focal_length", tiny) / tiny for name in ablate.rows_of(rows, 7)}
     assert focal == {"focal_raw": 1, "focal_500": 0.5, "ours": 1, "focal_1500": 1.5}
 
 
 def test_rows_are_known_to_model_and_trainer():
     """Every field is the configuration's, and every stage's argument the trainer's."""
-    from train_sft import PARTS
+    from training.trainer import PARTS
 
     known = set(DepthVLMConfig().to_dict())
     for row in ablate.read_rows().values():
@@ -139,12 +139,12 @@ def test_failed_training_is_an_error(tmp_path, monkeypatch):
 
 def test_raw_data_claims_one_focal_length_and_is_else_the_same(tmp_path):
     """With the canonical focal length the processor leaves a photo its size, up to whole tokens, and its depth."""
-    from training import byte_processor
+    from fixed_batches import byte_processor
 
-    from data_sft import DataArguments, DataSource, read_sample
+    from training.data import DataArguments, DataSource, read_sample
 
     data = ablate.build_data(tmp_path / "data", 3, 1)
-    raw = ablate.without_focal_lengths(data, create_tiny.CANONICAL_FOCAL_LENGTH)
+    raw = ablate.without_focal_lengths(data, CANONICAL_FOCAL_LENGTH)
     before, after = (list(DataSource(str(folder), "procedural").open()) for folder in (data, raw))
     assert len(before) == len(after) == 3 and {row["fx"] for row in after} == {row["fy"] for row in after} == {200}
     assert len({row["fx"] for row in before}) == 3
@@ -155,7 +155,7 @@ def test_raw_data_claims_one_focal_length_and_is_else_the_same(tmp_path):
         camera = byte_processor()(images=sample["images"], focal_lengths=sample["focal_lengths"])["cameras"][0]
         assert all(abs(a - b) <= 16 for a, b in zip(camera["size"], camera["processed_size"], strict=True))
         assert camera["metric_scale"] == pytest.approx(1, abs=0.06)
-    assert ablate.without_focal_lengths(data, create_tiny.CANONICAL_FOCAL_LENGTH) == raw
+    assert ablate.without_focal_lengths(data, CANONICAL_FOCAL_LENGTH) == raw
 
 
 def record(title, paper, values):

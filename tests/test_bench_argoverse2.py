@@ -7,7 +7,7 @@ import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.argoverse2 import CAMERAS, SOURCE, nearest
 
 LOG = "0a1b2c3d-0000-4000-8000-00000000000a"

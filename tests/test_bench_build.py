@@ -19,7 +19,7 @@ from PIL import Image
 
 from bench import build, card, sampling
 from bench.depthvlm_bench import FEATURES, VERSION, DepthVLMBench
-from bench.source import BadFrame, BadRaw, Frame, Sample
+from bench.sources._base import BadFrame, BadRaw, Frame, Sample
 
 TESTS = Path(__file__).parent
 GROUPS = {"hall/left": 7, "hall/right": 5, "yard/left": 9}

@@ -9,7 +9,7 @@ import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.ddad import CAMERAS, SOURCE, read_cloud, read_pose
 
 SIZES = {"CAMERA_01": (194, 122), "CAMERA_09": (194, 122)}

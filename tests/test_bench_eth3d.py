@@ -5,8 +5,8 @@ import pytest
 import scipy.optimize
 from PIL import Image
 
-from bench.source import BadFrame
 from bench.sources import eth3d
+from bench.sources._base import BadFrame
 from bench.sources.eth3d import DEPTH, DISTORTED, SOURCE, UNDISTORTED, undistort
 
 # A wide lens, so that both grids differ by many pixels. Principal points are counted from pixel centres here.

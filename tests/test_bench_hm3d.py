@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import plane_error, put, write_omnidata_view
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.hm3d import HM3D
 
 FIRST, SECOND, VAL = "00000-kfPV7w3FaU5", "00001-UVdNNRcVyV1", "00800-TEEsavR23oF"

@@ -9,7 +9,7 @@ from bench_fixtures_toy import Toy, encoded, picture
 from PIL import Image
 
 from bench import build
-from bench.import_annotations import AnnotationReader, import_annotations
+from bench.annotations import AnnotationReader, import_annotations
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 W, H, w, h = 40, 24, 20, 12  # image and depth map

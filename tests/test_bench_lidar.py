@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from bench.lidar import NEARER, LidarSource, pose, require_size, running_minimum, splat
-from bench.source import BadFrame
+from bench.sources._base import BadFrame
+from bench.sources._lidar import NEARER, LidarSource, pose, require_size, running_minimum, splat
 
 WALL = 20.0
 BOX = np.array([[-1.0, -0.5, 5.0], [1.0, 1.5, 7.0]])

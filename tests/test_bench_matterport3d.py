@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import picture, plane_depth, plane_error, png16, put
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.matterport3d import Matterport3D, read_conf
 
 SCAN, PANO = "17DRP5sb8fy", "0f37bd0737e349de9d536263a4bdd60d"

@@ -9,7 +9,7 @@ import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nuscenes import CAMERAS, SOURCE
 
 TABLES = (

@@ -6,7 +6,7 @@ import pytest
 import scipy.io
 from bench_fixtures_sun import NYU_CROP, plane_and_box, rotated, write_allsplit, write_scene
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nyuv2 import INTRINSICS, LABELED, SOURCE
 
 ROOT = "/n/fs/sun3d/data/SUNRGBD/"

@@ -8,11 +8,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bench import render as caster
-from bench.scenes import COLORS, Draw, Scene, tilt, unit
-from bench.source import Frame
 from bench.sources import get
-from bench.sources.procedural import CLEAR, COUNTS, KEYS, SEEN, SIZES, Procedural, aim, begin, picture, render
+from bench.sources._base import Frame
+from bench.sources.procedural import render as caster
+from bench.sources.procedural.scenes import COLORS, Draw, Scene, tilt, unit
+from bench.sources.procedural.source import CLEAR, COUNTS, KEYS, SEEN, SIZES, Procedural, aim, begin, picture, render
 
 GREY, FLAT = (0.5, 0.5, 0.5), (1.0, 0.0)
 SMALL = (160, 120)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bench import sampling
-from bench.source import Frame
+from bench.sources._base import Frame
 
 
 def frames(sizes):

@@ -11,7 +11,7 @@ import pytest
 from bench_fixtures_indoor import picture, plane_depth, plane_error, png16, put
 
 from bench.geometry import change_grid_intrinsics
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.scannetpp import ScanNetPP, unpack
 
 PNG, STREAM, LZ4, DEFLATE, VAL = "00aa11bb22", "11aa11bb22", "22aa11bb22", "33aa11bb22", "44aa11bb22"

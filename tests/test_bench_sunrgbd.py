@@ -7,8 +7,8 @@ import pytest
 from bench_fixtures_sun import plane_and_box, rotated, write_allsplit, write_scene
 from PIL import Image
 
-from bench import sun
-from bench.source import BadFrame, BadRaw
+from bench.sources import _sun as sun
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.sunrgbd import SOURCE
 
 ROOT = "/n/fs/sun3d/data/SUNRGBD/"

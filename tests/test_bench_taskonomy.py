@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import picture, plane_error, png16, put, write_omnidata_view
 
-from bench.source import BadFrame, BadRaw
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.taskonomy import SPLIT_FILE, Taskonomy
 
 ROWS = ["id,train,val,test", "bee,1,0,0", "ant,1,0,0", "cow,0,1,0", "dog,0,0,1"]

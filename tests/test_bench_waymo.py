@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from bench import tfrecord
-from bench.source import BadFrame, BadRaw
+from bench.sources import _tfrecord as tfrecord
 from bench.sources import waymo
+from bench.sources._base import BadFrame, BadRaw
 from bench.sources.waymo import SOURCE as Waymo
 
 WALL = 20.0

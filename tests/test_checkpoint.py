@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from bench.sources.procedural import render
+from bench.sources.procedural.source import render
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMES = 48

@@ -41,23 +41,7 @@ def refused(value, *words, **fields):
         refused([2, 1, 0], "depth_llm_layers", "ascending", depth_llm_layers=[2, 1, 0]),
         refused([0.5, 1.5, 2], "depth_llm_layers", "layers", depth_llm_layers=[0.5, 1.5, 2]),
         refused(2, "depth_llm_layers", "three", depth_llm_layers=2),
-        refused(32, "out_hidden_size", "hidden_size", "equal", vision_config={"out_hidden_size": 32}),
-        refused(24, "num_heads", "hidden_size", "multiple of 4", vision_config={"hidden_size": 24}),
-        refused(60, "num_position_embeddings", "square", vision_config={"num_position_embeddings": 60}),
-        refused([1, 2, 5], "deepstack_visual_indexes", "0..4", vision_config={"deepstack_visual_indexes": [1, 2, 5]}),
-        refused([3, 2, 1], "deepstack_visual_indexes", "ascend", vision_config={"deepstack_visual_indexes": [3, 2, 1]}),
-        refused([1, 1, 2], "deepstack_visual_indexes", "ascend", vision_config={"deepstack_visual_indexes": [1, 1, 2]}),
         refused(2, "deepstack_visual_indexes", "three", vision_config={"deepstack_visual_indexes": [1, 2]}),
-        refused(2, "num_hidden_layers", "3 vision taps", text_config={"num_hidden_layers": 2}),
-        refused(
-            [4, 2, 1],
-            "mrope_section",
-            "head_dim",
-            text_config={"rope_parameters": TEXT["rope_parameters"] | {"mrope_section": [4, 2, 1]}},
-        ),
-        refused(400, "image_token_id", "vocab_size", image_token_id=400),
-        refused(-1, "video_token_id", "vocab_size", video_token_id=-1),
-        refused(303, "vision_end_token_id", "vocab_size 303", text_config={"vocab_size": 303}),
     ],
 )
 def test_refuses_with_name_value_and_remedy(fields, words):

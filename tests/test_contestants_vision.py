@@ -15,9 +15,10 @@ from PIL import Image
 from torch import nn
 from transformers.models.zoedepth import image_processing_pil_zoedepth
 
-from bench import contestant, contestants
-from bench.contestant import NotRunnable, Query
+from bench import contestants
+from bench.contestants import _base as contestant
 from bench.contestants import depth_pro
+from bench.contestants._base import NotRunnable, Query
 
 NAMES = ("zoedepth", "depth_pro", "depth_anything_v2", "pipeline", "depth_anything_v1", "depth_anything_3", "unidepth")
 NAMES += ("metric3d", "moge", "unik3d")

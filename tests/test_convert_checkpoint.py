@@ -221,6 +221,7 @@ def test_released_weights_arrive_unchanged_in_a_complete_repo(released):
         "model-00003-of-00003.safetensors",
         "model.safetensors.index.json",
         "modeling_depthvlm.py",
+        "photos_depthvlm.py",
         "processing_depthvlm.py",
         "processor_config.json",
         "tokenizer.json",

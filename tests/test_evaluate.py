@@ -17,13 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import evaluate
+from bench import evaluate, released
 from bench.__main__ import main
-from bench.contestant import Answer, Contestant, Query
+from bench.contestants._base import Answer, Contestant, Query
 from bench.contestants.constant import Constant
 from bench.contestants.depthvlm import DepthVLM
 from bench.depthvlm_bench import FEATURES
 from bench.evaluate import Run
+from bench.rows import open_sources
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -85,7 +86,7 @@ class Columns(Unloaded):
 
 
 def run(contestant, bench, out, batch_size=4, **fields) -> dict:
-    sources = tuple(evaluate.open_sources(str(bench), None))
+    sources = tuple(open_sources(str(bench), None))
     return evaluate.evaluate(Run("test:it", str(bench), sources, **fields), contestant, Path(out), batch_size)
 
 
@@ -302,7 +303,7 @@ def test_released_grid_has_the_sizes_found_in_the_released_code():
         (1819, 1212): (1824, 1216),
     }
     for (width, height), expected in cases.items():
-        assert evaluate.released_grid(np.ones((height, width)), 1000.0).shape == expected[::-1]
+        assert released.grid(np.ones((height, width)), 1000.0).shape == expected[::-1]
 
 
 # Processes, interruptions, limits

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.contestant import NotRunnable, Query
 from bench.contestants import openai
-from bench.vlm import PROMPT, mark
+from bench.contestants._base import NotRunnable, Query
+from bench.contestants._prompt import PROMPT, mark
 
 KEY = "sk-test-0123456789abcdef"
 

@@ -22,17 +22,17 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import IFDRational
 from scipy.ndimage import map_coordinates
-from tiny import tiny_model
+from tiny import ROOT, SPECIAL_TOKENS, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2TokenizerFast, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from create_tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DEPTH_PROMPT, SYSTEM_PROMPT, DepthVLMPipeline, DepthVLMProcessor
 
 TOKEN = 32  # px
+CHAT_TEMPLATE = (ROOT / "chat_template.jinja").read_text()
 PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 ORIENTATION, EXIF_IFD, FOCAL_35MM = 274, 0x8769, 41989
 FOCAL_MM, PLANE_RESOLUTION, PLANE_UNIT, EXIF_WIDTH, EXIF_HEIGHT = 37386, 41486, 41488, 40962, 40963
@@ -1184,7 +1184,9 @@ def test_a_saved_folder_works_in_a_fresh_process(make_processor, model, folder, 
     saved = tmp_path / "model"
     model.save_pretrained(saved)
     ours.save_pretrained(saved)
-    assert {"configuration_depthvlm.py", "modeling_depthvlm.py", "processing_depthvlm.py"} <= set(os.listdir(saved))
+    assert {f"{name}_depthvlm.py" for name in ("configuration", "modeling", "photos", "processing")} <= set(
+        os.listdir(saved)
+    )
     shutil.copy(folder / "turned.jpg", tmp_path)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", REMOTE, str(saved), "turned.jpg", "out.npz"]

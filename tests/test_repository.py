@@ -86,7 +86,7 @@ from depthvlm.processing_depthvlm import DepthVLMProcessor
 DepthVLMForConditionalGeneration.from_pretrained({str(ROOT)!r})
 DepthVLMProcessor.from_pretrained({str(ROOT)!r}, trust_remote_code=False)
 """
-    run = run_python(sys.executable, "import local_package\n" + code, tmp_path)
+    run = run_python(sys.executable, code, tmp_path)
     assert run.returncode == 0 and "model of type" not in run.stderr + run.stdout, run.stderr
 
 

@@ -8,13 +8,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
+from fixed_batches import byte_processor
 from PIL import Image
-from training import byte_processor
 
+from bench import sources
 from bench.depthvlm_bench import FEATURES
-from data_sft import Collator, DataArguments, DataSource, EvalSamples, TrainingStream, crop, max_side, read_sample
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE
+from training.data import Collator, DataArguments, DataSource, EvalSamples, TrainingStream, crop, read_sample
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden_row.json"
 PAIRS = [("distance", "How far is the red box?", "2.5"), ("nearer", "Which is nearer, a or b?", "a")]
 
@@ -165,17 +168,25 @@ def test_depth_labels_are_the_processors():
     assert not batch["depth_labels"][1].any()
 
 
-@pytest.mark.parametrize("source, width", [("hm3d", 512), ("taskonomy", 512), ("scannetpp", 800), ("mine", 800)])
-def test_crop_rule(source, width):
+@pytest.mark.parametrize("edge, width", [(1024, 512), (None, 800), (4000, 800)])
+def test_crop_rule(edge, width):
     """At f = 500 px, 1024 px after normalization to 1000 are 512 here; the middle stays."""
-    row = make_row(size=(800, 600), source=source, fx=500.0)
-    sample = sample_of(row)
+    row = make_row(size=(800, 600), fx=500.0)
+    source = DataSource("data", max_canonical_edge=edge)
+    sample = read_sample(row, source, DataArguments(), np.random.default_rng(0))
     assert sample["images"][0].size == (width, 512 if width == 512 else 600)
     depth = sample["depth_maps"][0]
     assert depth.shape == sample["images"][0].size[::-1]
     left = (800 - width) // 2
     assert depth[0, 0] == pytest.approx(1 + 0.01 * left) and depth[0, -1] == pytest.approx(8.99 - 0.01 * left)
     assert sample["focal_lengths"] == [500.0]
+
+
+def test_the_papers_recipes_crop_what_the_sources_say():
+    for stage in ("stage1", "stage2"):
+        mix = yaml.safe_load((ROOT / "configs" / f"{stage}.yaml").read_text())["datasets"]
+        for entry in mix:
+            assert entry.get("max_canonical_edge") == sources.get(entry["name"]).max_canonical_edge, entry
 
 
 def test_crop_of_a_coarser_depth_map():
@@ -187,8 +198,9 @@ def test_crop_of_a_coarser_depth_map():
     assert np.asarray(image)[0, 0, 0] == 60 and depth[0, 0] == 15
 
 
-def test_max_side_of_unknown_source():
-    assert max_side({}, 500.0) == float("inf")
+def test_max_canonical_edge_is_checked():
+    with pytest.raises(ValueError, match="max_canonical_edge of data set 'data' is 0; give px"):
+        DataSource("data", max_canonical_edge=0)
 
 
 def test_flip_takes_depth_along_but_leaves_questions_alone():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixed_batches import largest_difference, make_trainer, naive_gradients
 from tiny import tiny_model
 from train_distributed import DDP, FSDP, STEPS
-from training import largest_difference, make_trainer, naive_gradients
 
 HERE = Path(__file__).parent
 

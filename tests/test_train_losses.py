@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fixed_batches import ALL, HEAD, STAGE2, largest_difference, make_batch, make_trainer, naive_gradients, naive_losses
 from peft import LoraConfig
 from tiny import tiny_model
-from training import ALL, HEAD, STAGE2, largest_difference, make_batch, make_trainer, naive_gradients, naive_losses
 
 BATCHES = [
     make_batch([[(2, 3)], [(2, 3), (1, 2)], []], labelled=(0, 2), seed=1),

@@ -12,24 +12,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from fixed_batches import byte_processor
 from test_train_data import make_row, write
 from tiny import tiny_config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.utils import _apply_to_tensors
-from training import byte_processor
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
-from train_sft import (
-    DataArguments,
-    DepthSFTConfig,
-    RetentionWatch,
-    is_right,
-    last_checkpoint,
-    main,
-    restore_class_name,
-)
+from train_sft import last_checkpoint, main
+from training.data import DataArguments
+from training.questions import RetentionWatch, is_right
+from training.trainer import DepthSFTConfig, restore_class_name
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {

@@ -6,16 +6,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from fixed_batches import byte_processor
 from PIL import Image
 from tiny import TEXT, VISION
-from training import byte_processor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from bench import contestants
-from bench.contestant import NotRunnable, Query
 from bench.contestants import depthlm, vlm3
 from bench.contestants import vlm as contestant
-from bench.vlm import PROMPT, arrow_pixels, downscale, map_points, mark, parse_depth, questions, save_marked
+from bench.contestants._base import NotRunnable, Query
+from bench.contestants._prompt import (
+    PROMPT,
+    arrow_pixels,
+    downscale,
+    map_points,
+    mark,
+    parse_depth,
+    questions,
+    save_marked,
+)
 
 
 def photo(width, height, seed=0):

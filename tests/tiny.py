@@ -11,6 +11,16 @@ from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
 ROOT = Path(__file__).resolve().parent.parent
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 IMAGE, VIDEO, VISION_START, VISION_END = 300, 301, 302, 303
 PIXELS = 32  # a token's side: patch 16, merged 2x2
 # `cache` since transformers 5.24, `past_key_values` before

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-import local_package  # noqa: F401
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import tiny_model
-from training import ALL, HEAD, STAGE2, make_batch, make_trainer
+from fixed_batches import ALL, HEAD, STAGE2, make_batch, make_trainer
 from trl.trainer.utils import add_fused_lm_head
 
-from train_sft import add_depth_loss, freeze
+from training.loss import add_depth_loss
+from training.trainer import freeze
 
 STEPS = 3
 FULL = [make_batch([[(2, 3)], [(1, 2), (2, 2)]], labelled=(0, 2), seed=i) for i in range(STEPS)]

@@ -3,12 +3,12 @@
 import importlib
 import pkgutil
 
-from ..contestant import Contestant
+from ._base import Contestant
 
 
 def names() -> list[str]:
     """Names of all contestants, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def get(name: str) -> type[Contestant]:

@@ -1,6 +1,6 @@
 """Cambrian-S (`nyu-visionx/Cambrian-S-7B`): through an endpoint of its own."""
 
-from ..vlm import Served
+from ._prompt import Served
 
 
 class CambrianS(Served):

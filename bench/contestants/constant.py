@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..contestant import Contestant
+from ._base import Contestant
 
 
 class Constant(Contestant):

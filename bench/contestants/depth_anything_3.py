@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..contestant import Contestant, package
+from ._base import Contestant, package
 
 
 class DepthAnything3(Contestant):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..contestant import Contestant, NotRunnable, package
+from ._base import Contestant, NotRunnable, package
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "

@@ -8,7 +8,7 @@ length. The encoder's other checkpoints answer relative depth and are refused.
 import torch
 from transformers import DepthAnythingForDepthEstimation
 
-from ..contestant import DepthModel
+from ._base import DepthModel
 
 
 class DepthAnythingV2(DepthModel):

@@ -8,7 +8,7 @@ import torch
 from transformers import DepthProForDepthEstimation
 from transformers.utils import is_torchvision_available
 
-from ..contestant import DepthModel, NotRunnable
+from ._base import DepthModel, NotRunnable
 
 
 class DepthPro(DepthModel):

@@ -1,10 +1,10 @@
 """DepthLM-12B, as its own evaluation asks it: `depthlm:facebook/DepthLM` (CC BY-NC).
 
 The image at fx = 750 px, by which it knows the camera; an arrow of 5 px; its own prompt; the distance to the camera.
-Its evaluation skips points near the border; here the arrow comes from another side, as for every VLM (vlm.py).
+Its evaluation skips points near the border; here the arrow comes from another side, as for every VLM (_prompt.py).
 """
 
-from .. import vlm
+from . import _prompt
 from .vlm import VisionLanguageModel
 
 FOCAL_LENGTH = 750.0  # px
@@ -16,9 +16,9 @@ PROMPT = (
 
 
 def questions(query):
-    image, pixels = vlm.at_focal_length(query, FOCAL_LENGTH)
+    image, pixels = _prompt.at_focal_length(query, FOCAL_LENGTH)
     for pixel in pixels:
-        yield vlm.mark(image, pixel, ARROW), PROMPT
+        yield _prompt.mark(image, pixel, ARROW), PROMPT
 
 
 class DepthLM(VisionLanguageModel):

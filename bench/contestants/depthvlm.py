@@ -2,11 +2,10 @@
 
 import torch
 
-import local_package  # noqa: F401
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
-from ..contestant import Contestant
+from ._base import Contestant
 
 
 class DepthVLM(Contestant):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 
-from ..contestant import Contestant, NotRunnable
+from ._base import Contestant, NotRunnable
 
 WEIGHTS = {  # of JUGGHM/Metric3D
     "metric3d_convnext_tiny": "convtiny_hourglass_v1.pth",

@@ -8,7 +8,7 @@ infinity on the sky and what it finds unsure, is not applied: every scored point
 import numpy as np
 import torch
 
-from ..contestant import Contestant, package
+from ._base import Contestant, package
 
 
 class MoGe(Contestant):

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible endpoint (OpenAI, vLLM and others), asked in words (vlm.py): `openai:MODEL`.
+"""Any OpenAI-compatible endpoint (OpenAI, vLLM and others), asked in words (_prompt.py): `openai:MODEL`.
 
 `OPENAI_API_KEY` holds the key, `OPENAI_BASE_URL` an endpoint other than OpenAI's, as in http://127.0.0.1:8000/v1.
 Neither temperature nor a token limit is sent: reasoning models refuse the one, and hide their thoughts in the other.
@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from .. import vlm
-from ..contestant import Answer, Contestant, NotRunnable
+from . import _prompt
+from ._base import Answer, Contestant, NotRunnable
 
 PARALLEL = 8  # requests under way
 MAX_REPLY = 1 << 22  # bytes; a longer reply is none
@@ -107,7 +107,7 @@ class OpenAI(Contestant):
         self.stopped.clear()
         with ThreadPoolExecutor(PARALLEL) as pool:
             try:
-                return vlm.answers(queries, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
+                return _prompt.answers(queries, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
             except BaseException:
                 self.stopped.set()  # the pool waits for its threads; they ask nothing more
                 raise
@@ -131,7 +131,7 @@ class OpenAI(Contestant):
         message = choice["message"]
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             return Answer(math.nan, "refused", message.get("refusal") or message.get("content") or "")
-        return vlm.read(message.get("content") or "", choice.get("finish_reason") != "length")
+        return _prompt.read(message.get("content") or "", choice.get("finish_reason") != "length")
 
     def request(self, image, prompt: str) -> dict:
         """The server's reply, with text in its first choice. Raises Refused, or NotRunnable."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation, pipeline
 from transformers.utils import is_torchvision_available
 
-from ..contestant import Contestant, NotRunnable
+from ._base import Contestant, NotRunnable
 
 
 class Pipeline(Contestant):

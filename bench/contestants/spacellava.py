@@ -1,6 +1,6 @@
 """SpaceLLaVA (`remyxai/SpaceLLaVA`): through an endpoint of its own."""
 
-from ..vlm import Served
+from ._prompt import Served
 
 
 class SpaceLLaVA(Served):

@@ -1,6 +1,6 @@
 """SpatialRGPT (`a8cheng/SpatialRGPT-VILA1.5-8B`): through an endpoint of its own."""
 
-from ..vlm import Served
+from ._prompt import Served
 
 
 class SpatialRGPT(Served):

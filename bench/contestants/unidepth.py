@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ..contestant import Contestant, package
+from ._base import Contestant, package
 
 
 class UniDepth(Contestant):

@@ -7,7 +7,7 @@ It is not told the camera, which it predicts. Scored is z of its points, at the 
 import numpy as np
 import torch
 
-from ..contestant import Contestant, package
+from ._base import Contestant, package
 
 
 class UniK3D(Contestant):

@@ -1,4 +1,4 @@
-"""Any vision-language model of transformers, asked in words (vlm.py): Qwen3-VL, InternVL3.5, LLaVA and others."""
+"""Any vision-language model of transformers, asked in words (_prompt.py): Qwen3-VL, InternVL3.5, LLaVA and others."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from .. import vlm
-from ..contestant import Contestant, NotRunnable
+from . import _prompt
+from ._base import Contestant, NotRunnable
 
 
 class VisionLanguageModel(Contestant):
@@ -16,7 +16,7 @@ class VisionLanguageModel(Contestant):
     title = "Vision-language model"
     dense = False
     model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "internvl", "llava", "llava_onevision")
-    questions = staticmethod(vlm.questions)
+    questions = staticmethod(_prompt.questions)
     text_key = "text"  # of a chat's text, as the checkpoint's template has it
     batch_size = 8  # points
     max_new_tokens = 512  # a reply cut off here is unparsable
@@ -45,7 +45,7 @@ class VisionLanguageModel(Contestant):
         ).eval()
 
     def answers(self, queries):
-        return vlm.answers(queries, self.ask, self.batch_size, self.questions)
+        return _prompt.answers(queries, self.ask, self.batch_size, self.questions)
 
     @torch.inference_mode()
     def ask(self, questions):
@@ -70,7 +70,7 @@ class VisionLanguageModel(Contestant):
         ends = torch.as_tensor(self.model.generation_config.eos_token_id).to(tokens.device)
         finished = torch.isin(tokens, ends).any(1).tolist()
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        return [vlm.read(text.strip(), end) for text, end in zip(texts, finished, strict=True)]
+        return [_prompt.read(text.strip(), end) for text, end in zip(texts, finished, strict=True)]
 
 
 CONTESTANT = VisionLanguageModel

@@ -6,7 +6,7 @@ share of the side in [0, 2000]. It answers the distance to the camera.
 
 import numpy as np
 
-from .. import vlm
+from . import _prompt
 from .vlm import VisionLanguageModel
 
 FOCAL_LENGTH = 1000.0  # px
@@ -18,7 +18,7 @@ PROMPT = (
 
 
 def questions(query):
-    image, pixels = vlm.at_focal_length(query, FOCAL_LENGTH)
+    image, pixels = _prompt.at_focal_length(query, FOCAL_LENGTH)
     for u, v in np.rint(pixels * 2000 / image.size).astype(int):
         yield image, PROMPT.format(u, v)
 

@@ -3,7 +3,7 @@
 Its dense depth comes as quantised levels whose scale is not public, so that it can only be asked in words.
 """
 
-from ..vlm import Served
+from ._prompt import Served
 
 
 class YoutuVL(Served):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import ZoeDepthForDepthEstimation
 
-from ..contestant import DepthModel
+from ._base import DepthModel
 
 
 class ZoeDepth(DepthModel):

@@ -3,12 +3,12 @@
 import importlib
 import pkgutil
 
-from ..source import Source
+from ._base import Source
 
 
 def names() -> list[str]:
     """Names of all sources, sorted."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def get(name: str) -> type[Source]:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.dataset as arrow_dataset
 
 from ..geometry import apply, invert_rigid
-from ..lidar import LidarSource, pose, require_size
-from ..source import BadFrame, BadRaw, Frame, Sample
+from ._base import BadFrame, BadRaw, Frame, Sample
+from ._lidar import LidarSource, pose, require_size
 
 CAMERAS = (
     "ring_front_center",

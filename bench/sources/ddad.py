@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..geometry import apply, invert_rigid
-from ..lidar import LidarSource, pose, require_size
-from ..source import BadFrame, BadRaw, Frame, Sample
+from ._base import BadFrame, BadRaw, Frame, Sample
+from ._lidar import LidarSource, pose, require_size
 
 CAMERAS = ("CAMERA_01", "CAMERA_05", "CAMERA_06", "CAMERA_07", "CAMERA_08", "CAMERA_09")
 LIDAR = "LIDAR"

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..lidar import splat
-from ..source import MAX_PIXELS, BadFrame, Frame, Sample, Source
+from ._base import MAX_PIXELS, BadFrame, Frame, Sample, Source
+from ._lidar import splat
 
 # Kind of images -> calibration folder, image folder, camera model, number of its parameters.
 DISTORTED = ("dslr_calibration_jpg", "dslr_images", "THIN_PRISM_FISHEYE", 12)

@@ -1,6 +1,6 @@
 """HM3D, as rendered by Omnidata: 512x512 views of up to 125 degrees (HM3D itself is meshes only). Train only."""
 
-from ..omnidata import Omnidata
+from ._omnidata import Omnidata
 
 
 class HM3D(Omnidata):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..source import BadFrame, BadRaw, Frame, Sample, Source, open_image
+from ._base import BadFrame, BadRaw, Frame, Sample, Source, open_image
 
 
 class Ibims1(Source):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..source import BadFrame, BadRaw, Frame, Sample, Source
+from ._base import BadFrame, BadRaw, Frame, Sample, Source
 
 IMAGE_SIZE = (1280, 1024)  # W, H that the .conf's intrinsics are of
 # PANORAMA_dCAMERA_YAW.png and the colour image of the same view; the .conf names them, and nothing else is opened

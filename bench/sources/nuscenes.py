@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..geometry import apply, invert_rigid
-from ..lidar import LidarSource, pose, require_size
-from ..source import BadFrame, BadRaw, Frame, Sample
+from ._base import BadFrame, BadRaw, Frame, Sample
+from ._lidar import LidarSource, pose, require_size
 
 CAMERAS = ("CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT", "CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT")
 LIDAR = "LIDAR_TOP"

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..source import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source
-from ..sun import ALLSPLIT, alltest_folders, load_scene, read_mat
+from ._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source
+from ._sun import ALLSPLIT, alltest_folders, load_scene, read_mat
 
 LABELED = "nyu_depth_v2_labeled.mat"
 # fx, fy, cx, cy of the original 640x480 images.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..source import BadFrame, BadRaw, Frame, Sample, Source
+from ._base import BadFrame, BadRaw, Frame, Sample, Source
 
 FRAME_STEP = 60  # every 60th frame of the 60 fps video, as the official lists take them
 IMAGE_SIZE = (1920, 1440)  # W, H that the intrinsics in pose_intrinsic_imu.json are of

@@ -7,8 +7,8 @@ under another name: if it is missing, its frame is reported.
 import re
 from collections.abc import Iterator
 
-from ..source import Frame, Sample, Source
-from ..sun import ALLSPLIT, alltest_folders, load_scene
+from ._base import Frame, Sample, Source
+from ._sun import ALLSPLIT, alltest_folders, load_scene
 
 
 class SunRgbd(Source):

@@ -1,7 +1,7 @@
 """Taskonomy, as in Omnidata's starter set: 512x512 renders of building scans. Train only, buildings of `fullplus`."""
 
-from ..omnidata import Omnidata
-from ..source import BadRaw
+from ._base import BadRaw
+from ._omnidata import Omnidata
 
 SPLIT_FILE = "train_val_test_fullplus.csv"
 

@@ -25,11 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from .. import tfrecord
 from ..geometry import apply, invert_rigid
-from ..lidar import LidarSource, splat
-from ..source import BadFrame, BadRaw, Frame, Sample, open_image
-from ..tfrecord import fields, fixed, last
+from . import _tfrecord as tfrecord
+from ._base import BadFrame, BadRaw, Frame, Sample, open_image
+from ._lidar import LidarSource, splat
+from ._tfrecord import fields, fixed, last
 
 CAMERAS = {1: "front", 2: "front_left", 3: "front_right", 4: "side_left", 5: "side_right"}
 TOP = 1  # laser name

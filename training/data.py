@@ -19,9 +19,6 @@ import torch
 from PIL import Image, ImageEnhance
 from transformers.utils import logging
 
-import local_package  # noqa: F401
-from bench.sources import get as get_source
-from bench.sources import names as source_names
 from depthvlm.processing_depthvlm import DEPTH_PROMPT, DEPTH_RESPONSE, SYSTEM_PROMPT
 
 logger = logging.get_logger(__name__)
@@ -39,6 +36,8 @@ class DataSource:
     kind: `"depth"`, a DepthVLM-Bench row becomes the paper's prompt and response; `"qa"`, it becomes a conversation of
     all its questions, in an order drawn anew each time; `"instruction"`, columns `messages` and `images` as they are.
     depth_on_qa: whether a qa row's depth map is learnt from as well, in the same pass.
+    max_canonical_edge: longest side, in px at a focal length of 1000 px, that is kept of a photo, around its centre;
+    the card of a build states it for the sets that need one.
     """
 
     path: str
@@ -47,10 +46,15 @@ class DataSource:
     weight: float = 1.0
     kind: str = "depth"
     depth_on_qa: bool = False
+    max_canonical_edge: float | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind of data set {self.path!r} is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.max_canonical_edge is not None and not self.max_canonical_edge > 0:
+            raise ValueError(
+                f"max_canonical_edge of data set {self.path!r} is {self.max_canonical_edge}; give px, or leave it out"
+            )
         if not self.weight > 0:
             raise ValueError(f"weight of data set {self.path!r} is {self.weight}; leave it out or give it more than 0")
 
@@ -119,7 +123,8 @@ def read_sample(row: dict, source: DataSource, arguments: DataArguments, rng: np
         raise ValueError(f"fx is {focal_length} px; it must be above 0")
     if source.kind == "depth" or source.depth_on_qa:
         depth = read_depth(row)
-    image, depth = crop(image, depth, max_side(row, focal_length))
+    if source.max_canonical_edge is not None:
+        image, depth = crop(image, depth, source.max_canonical_edge * focal_length / 1000)
     if source.kind == "qa":
         pairs = list(zip(row["qa"]["question"], row["qa"]["answer"], strict=True))
         if not pairs:
@@ -175,14 +180,6 @@ def read_depth(row: dict) -> np.ndarray:
     if not (math.isfinite(row["depth_scale"]) and row["depth_scale"] > 0):
         raise ValueError(f"depth_scale is {row['depth_scale']} words a metre; it must be above 0")
     return (words / row["depth_scale"]).astype(np.float32)
-
-
-def max_side(row: dict, focal_length: float) -> float:
-    """Longest side, in px of the photo, that training may see of it: the source's, which is stated at f = 1000 px."""
-    if row.get("source") not in source_names():
-        return float("inf")
-    edge = get_source(row["source"]).max_canonical_edge
-    return float("inf") if edge is None else edge * focal_length / 1000
 
 
 def crop(image: Image.Image, depth: np.ndarray | None, side: float) -> tuple[Image.Image, np.ndarray | None]:

@@ -4,8 +4,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .geometry import rigid
-from .source import BadFrame, Source
+from ..geometry import rigid
+from ._base import BadFrame, Source
 
 # A point is behind another surface when that surface's depth is below this share of its own.
 NEARER = 0.9

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from .source import BadFrame, BadRaw, Sample, Source
+from ._base import BadFrame, BadRaw, Sample, Source
 
 # allsplit.mat holds some 10 000 paths; past this a file is an attack or a mistake.
 MAX_MAT_BYTES = 64_000_000

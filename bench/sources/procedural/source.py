@@ -6,9 +6,9 @@ from itertools import combinations
 
 import numpy as np
 
-from .. import render as caster
-from ..scenes import Draw, Scene, Thing, room, street, tilt
-from ..source import Frame, Sample, Source
+from .._base import Frame, Sample, Source
+from . import render as caster
+from .scenes import Draw, Scene, Thing, room, street, tilt
 
 SIZES = ((320, 240), (320, 240), (240, 320), (368, 208), (336, 224), (272, 272))  # (W, H), all of about 77 000 pixels
 # Focal length in image widths: fields of view of 100..70, 70..50 and 50..35 degrees across.

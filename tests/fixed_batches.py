@@ -4,13 +4,13 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from tiny import tiny_batch
+from tiny import ROOT, SPECIAL_TOKENS, tiny_batch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2TokenizerFast, TrainerCallback
 
-from create_tiny import SPECIAL_TOKENS, create_processor
 from depthvlm.modeling_depthvlm import DepthVLMSeen
-from train_sft import DepthSFTConfig, DepthSFTTrainer, freeze
+from depthvlm.processing_depthvlm import DepthVLMProcessor
+from training.trainer import DepthSFTConfig, DepthSFTTrainer, freeze
 
 HEAD, ALL = ["depth_head"], ["language_model", "lm_head", "depth_head", "vision"]
 STAGE2 = ["language_model", "lm_head", "depth_head"]
@@ -27,7 +27,8 @@ def byte_processor():
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
     )
-    return create_processor(tokenizer)
+    own = DepthVLMProcessor.from_pretrained(ROOT, trust_remote_code=False)
+    return DepthVLMProcessor(own.image_processor, tokenizer, own.chat_template, own.canonical_focal_length)
 
 
 def make_batch(grids_per_row, labelled=(), seed=0, answers=True, label_size=None) -> dict:

@@ -1,6 +1,6 @@
 """A small ray caster for scenes of boxes, cylinders and ellipsoids: image, exact z-depth and part index per pixel.
 
-World frame: x right, y ahead, z up, metres. Camera frame and pixels: see source.py. A ray, x right + y down + forward,
+World frame: x right, y ahead, z up, metres. Camera frame and pixels: see _base.py. A ray, x right + y down + forward,
 has camera z = 1, so that the parameter t of a hit is its z-depth.
 
 The same picture on every machine: each value that is rounded, compared or stored comes from + - * / sqrt floor and

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from .geometry import focal_from_fov
-from .source import BadFrame, BadRaw, Frame, Sample, Source
+from ..geometry import focal_from_fov
+from ._base import BadFrame, BadRaw, Frame, Sample, Source
 
 NO_DEPTH = 65535  # the ray met no mesh
 VIEW = re.compile(r"(point_\d+_view_\d+)_domain_rgb\.png", re.ASCII)

@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from .contestant import Answer, Contestant, NotRunnable, Query
+from ._base import Answer, Contestant, NotRunnable, Query
 
 LONGEST_EDGE = 1024  # px
 ARROW = 20  # px

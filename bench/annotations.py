@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import build, sun
+from . import build, released
 from .geometry import change_grid, ray_per_z
-from .source import MAX_PIXELS, BadFrame, Frame, Sample, Source, decode16, inside, open_image
+from .sources import _sun as sun
+from .sources._base import MAX_PIXELS, BadFrame, Frame, Sample, Source, decode16, inside, open_image
 
 RAY_SOURCES = ("argoverse2", "waymo")  # called "z_depth" there, but measured along the ray
 ROTATED_SOURCES = ("sunrgbd", "nyuv2")  # word / 8000, although the word is millimetres with its bits rotated left by 3
@@ -108,7 +109,9 @@ class AnnotationReader:
                 columns, rows, metres = columns[true], rows[true], metres[true]
             self._check_points(columns, rows, metres, depth)
             if self.as_released:
-                points = self._scored_points(record, columns, rows, metres, unmasked)
+                points = released.scored_points(
+                    columns, rows, metres, unmasked, size, size_of(record, "canonical_size")
+                )
             else:
                 points = (*self._on_image(columns, rows, depth_size, size), metres)
         if self.as_released or self.source.name not in RAY_SOURCES:
@@ -159,19 +162,6 @@ class AnnotationReader:
                 f"the depth map has {depth[row, column]:.4f} m at column {column}, row {row}, where the record says "
                 f"{recorded:.4f} m: not the map that the points were drawn from"
             )
-
-    @staticmethod
-    def _scored_points(record, columns, rows, metres, depth):
-        """The points as the released scorer has them: coordinates taken for px of the image, and the depth read
-        again at that place in the map stretched to canonical_size; where that holds none, the record's. Points that
-        fall outside by rounding are left out, as there."""
-        (width, height), canonical = size_of(record, "original_rgb_size"), size_of(record, "canonical_size")
-        u, v = np.rint(columns * (canonical[0] / width)), np.rint(rows * (canonical[1] / height))
-        inside_ = (u < canonical[0]) & (v < canonical[1])
-        columns, rows, metres, u, v = (values[inside_] for values in (columns, rows, metres, u, v))
-        h, w = depth.shape  # the map is stretched by nearest, which takes the pixel below
-        there = depth[np.floor(v * (h / canonical[1])).astype(int), np.floor(u * (w / canonical[0])).astype(int)]
-        return columns, rows, np.where(there > 0, there, metres)
 
     def _depthlm(self, record: dict, size: tuple[int, int]):
         """DepthLM releases points without a map: the map written for them holds these points alone."""

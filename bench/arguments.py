@@ -1,0 +1,17 @@
+"""What the commands' arguments have in common."""
+
+import argparse
+from pathlib import Path
+
+
+def positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
+    return int(value)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that writes shards."""
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="shards go to DIR/SOURCE, card to DIR")
+    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="worker processes")
+    parser.add_argument("--strict", action="store_true", help="a frame that cannot be used is an error, not a listing")

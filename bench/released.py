@@ -1,0 +1,63 @@
+"""The released scorer's conventions, kept by `import --as-released` and `evaluate --as-released`."""
+
+import numpy as np
+import pandas
+from PIL import Image
+
+from .contestants._base import Query
+
+CANONICAL_FOCAL_LENGTH = 1000  # px
+
+
+def scored_points(
+    columns: np.ndarray,
+    rows: np.ndarray,
+    metres: np.ndarray,
+    depth: np.ndarray,
+    size: tuple[int, int],
+    canonical: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    A record's points as the released scorer has them: columns, rows and metres of those that it scores.
+
+    Coordinates, which are the depth map's, are taken for px of the image of `size` (W, H), and the depth is read again
+    at that place of the map (h, w), 0 = none, stretched to `canonical` (W, H); where that holds none, it is the
+    record's. Points that fall outside by rounding are left out, as there.
+    """
+    u, v = np.rint(columns * (canonical[0] / size[0])), np.rint(rows * (canonical[1] / size[1]))
+    inside = (u < canonical[0]) & (v < canonical[1])
+    columns, rows, metres, u, v = (values[inside] for values in (columns, rows, metres, u, v))
+    height, width = depth.shape  # the map is stretched by nearest, which takes the pixel below
+    there = depth[np.floor(v * (height / canonical[1])).astype(int), np.floor(u * (width / canonical[0])).astype(int)]
+    return columns, rows, np.where(there > 0, there, metres)
+
+
+def grid(depth: np.ndarray, focal_length: float) -> np.ndarray:
+    """A map as the released scorer holds it: sized to multiples of 28 and then of 32 px from the canonical size."""
+    sides = [round(side * CANONICAL_FOCAL_LENGTH / focal_length) for side in depth.shape]
+    height, width = (max(1, round(28 * round(side / 28) / 32)) * 32 for side in sides)
+    return np.asarray(Image.fromarray(depth.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def at_points(depth: np.ndarray, query: Query) -> np.ndarray:
+    """Predictions where the released scorer looks: canonical coordinates on a grid of another size; NaN outside."""
+    width, height = query.image.size
+    u, v = (
+        np.rint(at * (round(side * CANONICAL_FOCAL_LENGTH / query.intrinsics[0]) / side)).astype(int)
+        for at, side in zip(query.points.T, (width, height), strict=True)
+    )
+    resized = grid(depth, query.intrinsics[0])
+    there = (u < resized.shape[1]) & (v < resized.shape[0])
+    found = np.full(len(u), np.nan)
+    found[there] = resized[v[there], u[there]]
+    return found
+
+
+def delta1(table: pandas.DataFrame) -> float:
+    """Mean over images of each one's share: points without a prediction leave it, an image with none left counts 0."""
+    per_image = []
+    for _, own in table.groupby("id", sort=False):
+        answered = own[own.prediction.notna()]
+        ratio = np.maximum(answered.prediction / answered["gt"], answered["gt"] / answered.prediction)
+        per_image.append(float((ratio < 1.25).mean()) if len(answered) else 0.0)
+    return float(np.mean(per_image))

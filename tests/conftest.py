@@ -1,1 +1,0 @@
-import local_package  # noqa: F401  makes `depthvlm` importable

@@ -1,0 +1,151 @@
+"""The losses of a training step: TRL's fused text loss and the depth loss, from one pass of the backbone."""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from trl.trainer.utils import FusedCausalLMOutput
+
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, resize, silog_loss
+
+DELTA1 = 1.25
+
+
+@dataclass
+class DepthTrainingOutput(FusedCausalLMOutput):
+    """
+    TRL's fused output and, of the images that have a label:
+
+    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses, times the targets' scale.
+    depth_scores (`torch.Tensor` of shape `(num_labelled, 3)`): SILog, delta1 and AbsRel of each, without gradient.
+    """
+
+    depth_loss: torch.Tensor | None = None
+    depth_scores: torch.Tensor | None = None
+
+
+def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
+    """
+    Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
+
+    `model(..., depth_targets=SimpleNamespace(labels=[...], scale=1.0))` then returns a `DepthTrainingOutput`; in plain
+    arguments FSDP2 would round labels and scale to the parameters' dtype. It has to happen inside
+    `model.forward`, so that DDP and FSDP, which wrap the model, see the head's parameters used. Without `trains_text`
+    the backbone runs without gradients and the LM head not at all.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, depth_targets=None, **kwargs):
+        if depth_targets is None:
+            return fused_forward(*args, **kwargs)
+        depth_labels, depth_scale = depth_targets.labels, depth_targets.scale
+        seen = DepthVLMSeen()  # made here: DDP and FSDP would hand on a copy
+        if isinstance(self.depth_head, FSDPModule):
+            raise ValueError(
+                "FSDP2 has sharded the depth head by itself, but ranks call it once a labelled image, so they would "
+                "wait for each other; set fsdp_transformer_layer_cls_to_wrap without it, as configs/fsdp2.yaml does"
+            )
+        zero = connected_zero(self, has_images=kwargs.get("pixel_values") is not None)
+        if self.config.depth_feature_source == "llm":
+            kwargs["output_hidden_states"] = True
+        text = {}
+        if trains_text:
+            text = fused_forward(*args, seen=seen, **kwargs)
+        else:
+            with torch.no_grad():
+                self.base_model(*args, seen=seen, **kwargs)
+        has_label = [bool((label > 0).any()) for label in depth_labels]
+        images = self.depth_features(seen) if any(has_label) else []
+        pairs = zip(images, depth_labels, strict=bool(images))
+        labelled = [(*image, label) for (image, label), has in zip(pairs, has_label, strict=False) if has]
+        trained = [parameter for parameter in self.depth_head.parameters() if parameter.requires_grad]
+        if not labelled:
+            zero = zero + sum(0 * parameter.sum() for parameter in trained)
+            return DepthTrainingOutput(**text, depth_loss=zero, depth_scores=torch.zeros(0, 3, device=self.device))
+        flat = [level for features, _, _ in labelled for level in features]
+        sizes = [(len(features), grid, label) for features, grid, label in labelled]
+        if torch.is_grad_enabled():
+            loss, scores = ImageByImage.apply(self.depth_head, sizes, depth_scale, len(trained), *trained, *flat)
+        else:
+            predictions = [(self.depth_head(features, grid)[0], label) for features, grid, label in labelled]
+            scores = torch.stack([torch.stack([silog_loss(*own), *depth_accuracy(*own)]) for own in predictions])
+            loss = depth_scale * scores[:, 0].sum()
+        return DepthTrainingOutput(**text, depth_loss=zero + loss, depth_scores=scores)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class ImageByImage(torch.autograd.Function):
+    """
+    The sum of the images' depth losses, times a scale. Its gradients are computed on the way, so that the head's
+    activations, two gigabytes an image at the paper's size, are held for one image at a time and not for the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, head, images, scale, num_parameters, *tensors):
+        """
+        images: (number of features, grid, label) of each. scale: of the loss. tensors: `num_parameters` parameters,
+        then all features.
+
+        Returns the loss and, an image, SILog, delta1 and AbsRel, `(num_images, 3)`.
+        """
+        parameters, features = tensors[:num_parameters], iter(tensors[num_parameters:])
+        total, scores, sums, gradients = 0, [], [None] * num_parameters, []
+        for number, grid, label in images:
+            own = [next(features) for _ in range(number)]
+            own = [level.detach().requires_grad_(level.requires_grad) for level in own]
+            inputs = [*parameters, *own]
+            wanted = [tensor for tensor in inputs if tensor.requires_grad]
+            with torch.enable_grad():
+                prediction = head(own, grid)[0]
+                loss = silog_loss(prediction, label)
+                found = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
+            found = [next(found) if tensor.requires_grad else None for tensor in inputs]
+            sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=False)]
+            gradients += found[num_parameters:]
+            total = total + loss.detach() * scale
+            scores.append(torch.stack([loss, *depth_accuracy(prediction, label)]).detach())
+        ctx.gradients = [*sums, *gradients]
+        scores = torch.stack(scores)
+        ctx.mark_non_differentiable(scores)
+        return total, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, _):
+        return (None,) * 4 + tuple(gradient if gradient is None else gradient * scale for gradient in ctx.gradients)
+
+
+def connected_zero(model: DepthVLMForConditionalGeneration, has_images: bool) -> torch.Tensor:
+    """
+    0, connected to what this micro-batch may leave out and another rank's may use: DDP and FSDP wait for every rank.
+
+    Without an image the vision tower sees one of a single token. An LM head that FSDP2 has sharded by itself is called
+    before TRL reads its weight: from then on, and only so, its gradient is averaged over ranks.
+    """
+    zero = torch.zeros((), device=model.device)
+    head = model.lm_head
+    if isinstance(head.weight, DTensor) and head.weight.requires_grad and not model.config.tie_word_embeddings:
+        zero = zero + 0 * head(torch.zeros(1, head.in_features, device=model.device, dtype=model.dtype)).sum()
+    if not has_images:
+        vision = model.config.vision_config
+        side = vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2  # of a patch
+        black = torch.zeros(side * side, values, device=model.device, dtype=model.dtype)
+        grid = torch.tensor([[1, side, side]], device=model.device)
+        features = model.base_model.get_image_features(black, grid)
+        zero = zero + sum(0 * level[0].float().sum() for level in features.visual_maps)
+    return zero
+
+
+def depth_accuracy(prediction: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """delta1 and AbsRel of one image over its labelled pixels."""
+    if prediction.shape != label.shape:
+        prediction = resize(prediction[None, None], label.shape)[0, 0]
+    prediction, label = prediction[label > 0], label[label > 0]
+    ratio = torch.maximum(prediction / label, label / prediction)
+    return (ratio < DELTA1).float().mean(), ((prediction - label).abs() / label).mean()
