@@ -1,6 +1,6 @@
 """What every contestant of `python -m bench evaluate` shares: what it is shown, and what it may answer.
 
-Pixels: (u, v) of the stored image, the first pixel's centre at (0, 0), as everywhere in this package (see sources/_base.py).
+Pixels: (u, v) of the stored image, the first pixel's centre at (0, 0), as everywhere here (see sources/_base.py).
 """
 
 from collections.abc import Iterator
