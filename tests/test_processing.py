@@ -954,7 +954,6 @@ def png_with_size(width, height):
 NOT_IMAGES = {
     "dict": {"url": "photo.jpg"},
     "number": 5,
-    "bytes": b"\x89PNG",
     "None": None,
     "set": {1},
 }
@@ -981,6 +980,8 @@ UNUSABLE_IMAGES = {
     "negative integers in a PIL image": (Image.fromarray(np.full((8, 8), -3, np.int32)), "0"),
     "integers past 16 bits": (Image.fromarray(np.full((8, 8), 70000, np.int32)), "65535"),
     "objects": (np.full((8, 8), None), "object"),
+    "bytes of no image": (b"\x89PNG", "cannot identify"),
+    "channels first or last": (np.zeros((3, 64, 4), np.uint8), "(3, 64, 4)"),
     "missing file": ("no/such/photo.jpg", "no/such/photo.jpg"),
     "bfloat16 past 1": (torch.full((3, 8, 8), 1.5, dtype=torch.bfloat16), "0 to 1"),
 }
@@ -1244,24 +1245,24 @@ def test_pipeline_picture_is_the_depth_in_8_bits(pipe):
 def test_pipeline_takes_focal_length_and_max_pixels(pipe, model):
     image = photo(80, 50)
     expected = explicit(pipe, image, focal_lengths=90.0, max_pixels=4096)
-    assert_depth(pipe(image, focal_length=90.0, max_pixels=4096), expected)
+    assert_depth(pipe(image, focal_lengths=90.0, max_pixels=4096), expected)
     # given once for all calls
     settled = DepthVLMPipeline(
-        model=model, processor=pipe.processor, task="depth-estimation", focal_length=90.0, max_pixels=4096
+        model=model, processor=pipe.processor, task="depth-estimation", focal_lengths=90.0, max_pixels=4096
     )
     assert_depth(settled(image), expected)
-    assert_depth(settled(image, focal_length=70.0), explicit(pipe, image, focal_lengths=70.0, max_pixels=4096))
+    assert_depth(settled(image, focal_lengths=70.0), explicit(pipe, image, focal_lengths=70.0, max_pixels=4096))
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_pipeline_batches_photos_of_different_sizes(pipe, batch_size):
     images = [photo(80, 50), photo(50, 90, seed=1), photo(96, 64, seed=2)]
-    results = pipe(images, focal_length=100.0, batch_size=batch_size)
+    results = pipe(images, focal_lengths=100.0, batch_size=batch_size)
     for image, result in zip(images, results, strict=True):
         assert_depth(result, explicit(pipe, image, focal_lengths=100.0))
 
 
 def test_pipeline_refuses(pipe):
-    refused(lambda: pipe(photo(80, 50), focal_lenght=90.0), "focal_lenght", "focal_length", error=TypeError)
+    refused(lambda: pipe(photo(80, 50), focal_length=90.0), "focal_length", "focal_lengths", error=TypeError)
     refused(lambda: pipe("no/such/photo.jpg"), "no/such/photo.jpg", "photo")
-    refused(lambda: pipe(photo(80, 50), focal_length=-1), "focal_lengths[0]", "positive")
+    refused(lambda: pipe(photo(80, 50), focal_lengths=-1), "focal_lengths[0]", "positive")
