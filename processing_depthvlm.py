@@ -155,10 +155,14 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         settings = {}
         if focal_normalization:
             settings["do_resize"] = False
-            photos = [
-                photo.resize(self._processed_size(camera, max_pixels)[::-1], Image.Resampling.BILINEAR)
-                for photo, camera in zip(photos, cameras, strict=True)
-            ]
+            for index, (photo, camera) in enumerate(zip(photos, cameras, strict=True)):
+                if max(photo.size) / min(photo.size) > MAX_ASPECT_RATIO:
+                    raise ValueError(
+                        f"images[{index}] is {photo.width}x{photo.height}, past an aspect ratio of {MAX_ASPECT_RATIO}; "
+                        "crop it first"
+                    )
+                size = self._processed_size(camera, max_pixels)[::-1]
+                photos[index] = photo.resize(size, Image.Resampling.BILINEAR)
         elif max_pixels is not None:
             settings["size"] = {**self.image_processor.size, "longest_edge": self._budget(max_pixels)}
         in_uint8 = focal_normalization or uint8_patches
@@ -349,9 +353,6 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
     def _camera(self, size, given, from_exif, index) -> dict:
         width, height = size
-        name = f"images[{index}]"
-        if max(size) / min(size) > MAX_ASPECT_RATIO:
-            raise ValueError(f"{name} is {width}x{height}, past an aspect ratio of {MAX_ASPECT_RATIO}; crop it first")
         if given is not None:
             focal_length, source = check_focal_length(given, max(size), f"focal_lengths[{index}]"), "given"
         elif from_exif is not None:

@@ -1089,8 +1089,8 @@ def test_a_cache_goes_on_whatever_ran_in_between(threads):
                 types = F.pad(batch["mm_token_type_ids"], (0, ids.shape[1] - batch["input_ids"].shape[1]))
                 whole = batch | {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
                 settings = SETTINGS | {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
-                fresh = model.generate(**whole, **settings)
                 later = model.generate(input_ids=ids, **{CACHE: first[CACHE]}, **settings)
+                fresh = model.generate(**whole, **settings)
                 same = torch.equal(later.sequences, fresh.sequences)
                 near = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(later.logits, fresh.logits, strict=True))
                 if not (same and near):
