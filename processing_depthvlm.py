@@ -308,13 +308,13 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             )
         if target_sizes is None:
             target_sizes = [camera["size"] for camera in cameras]
-        if len(target_sizes) != len(depths):
-            raise ValueError(
-                f"got {len(target_sizes)} target_sizes for {len(depths)} depth maps; pass one per photo, or None"
-            )
+        if isinstance(target_sizes, numbers.Number) or len(target_sizes) != len(depths):
+            count = 1 if isinstance(target_sizes, numbers.Number) else len(target_sizes)
+            raise ValueError(f"got {count} target_sizes for {len(depths)} depth maps; pass one per photo, or None")
         for size in target_sizes:
-            if np.shape(size) != (2,) or min(size) < 1:
-                raise ValueError(f"target_sizes holds {size}; pass (height, width) in px, one per photo")
+            sides = np.asarray(size)
+            if sides.shape != (2,) or sides.dtype.kind not in "iu" or sides.min() < 1:
+                raise ValueError(f"target_sizes holds {size!r}; pass (height, width) in whole px, one per photo")
         results = []
         for depth, camera, size in zip(depths, cameras, target_sizes, strict=True):
             metres = depth[None, None].float() * camera["metric_scale"]
@@ -332,16 +332,18 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
         Returns `(height, width, 3)`, float32: x right, y down, z forward (OpenCV camera frame), in metres.
         """
-        depth = torch.as_tensor(depth, dtype=torch.float32)
-        if depth.ndim != 2:
-            raise ValueError(f"depth has shape {tuple(depth.shape)}; pass one (height, width) map")
+        depth = to_map(depth, "depth")
         height, width = depth.shape
         fx, fy = focal_length if isinstance(focal_length, tuple) and len(focal_length) == 2 else [focal_length] * 2
         if not all(is_number(focal) and 0 < focal < math.inf for focal in (fx, fy)):
             raise ValueError(
                 f"focal_length is {focal_length!r}; it must be a positive number of px at the map's size, or (fx, fy)"
             )
-        cx, cy = ((width - 1) / 2, (height - 1) / 2) if principal_point is None else principal_point
+        if principal_point is None:
+            principal_point = (width - 1) / 2, (height - 1) / 2
+        if np.shape(principal_point) != (2,) or not np.isfinite(principal_point).all():
+            raise ValueError(f"principal_point is {principal_point!r}; pass (cx, cy) in px of the map, or None")
+        cx, cy = principal_point
         columns = torch.arange(width, dtype=torch.float32, device=depth.device) - cx
         rows = torch.arange(height, dtype=torch.float32, device=depth.device) - cy
         return torch.stack([columns * depth / fx, rows[:, None] * depth / fy, depth], dim=-1)
@@ -474,20 +476,26 @@ def flatten_values(values):
         yield from flatten_values(value) if isinstance(value, list) else (value,)
 
 
+def to_map(depth, name: str) -> torch.Tensor:
+    """A `(height, width)` map as a float32 tensor, from an array, a tensor or nested lists."""
+    try:
+        if isinstance(depth, torch.Tensor):
+            depth = depth.detach().float()
+        else:
+            depth = torch.from_numpy(np.asarray(depth).astype(np.float32, casting="same_kind"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {str(depth)[:200]!r}; pass a (height, width) array of metres") from error
+    if depth.ndim != 2 or 0 in depth.shape:
+        raise ValueError(f"{name} has shape {tuple(depth.shape)}; pass one (height, width) map in metres")
+    return depth
+
+
 def depth_label(depth, camera: dict, name: str) -> torch.Tensor:
     """A depth map in metres, or None -> its label on the processed grid, as the canonical camera sees it."""
     height, width = camera["processed_size"]
     if depth is None:
         return torch.zeros(height, width)
-    try:
-        if isinstance(depth, torch.Tensor):
-            depth = depth.detach().cpu().float()
-        else:
-            depth = torch.from_numpy(np.array(depth, dtype=np.float32))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is {str(depth)[:200]!r}; pass a (height, width) array of metres, or None") from error
-    if depth.ndim != 2 or 0 in depth.shape:
-        raise ValueError(f"{name} has shape {tuple(depth.shape)}; pass one (height, width) map in metres")
+    depth = to_map(depth, name).cpu()
     ratio = depth.shape[1] / depth.shape[0] * camera["size"][0] / camera["size"][1]
     if not 0.95 < ratio < 1.05:
         raise ValueError(
