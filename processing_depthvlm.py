@@ -1,9 +1,9 @@
 """DepthVLM's processor: a photo becomes tokens at a known focal length; depth becomes metres at the photo's own size.
 
-The way there: every photo is resized once, to the size that it would have had, had it been taken with the canonical
-focal length f_c, rounded to whole tokens and kept within a budget of pixels. The way back: a network that believes in
-f_c sees a scene, processed at focal length f_p, at depth * f_c / f_p; so metres = prediction * f_p / f_c, and a
-training label is metres * f_c / f_p (paper, section 3.3, and metric compensation).
+Preprocessing resizes every photo once, to the size that it would have at the canonical focal length f_c, rounded to
+whole tokens and kept within a budget of pixels (paper, section 3.3, eq. 6). A network that assumes f_c sees a scene,
+processed at focal length f_p, at depth * f_c / f_p; so metres = prediction * f_p / f_c, and a training label is
+metres * f_c / f_p (metric compensation).
 """
 
 import math
@@ -28,7 +28,7 @@ DEPTH_PROMPT = (
 DEPTH_RESPONSE = "OK, I will estimate the depth map of this image."
 
 MAX_ASPECT_RATIO = 30
-# of Qwen3-VL's call what concerns text; photos are sized, turned and normalised by the processor's own settings
+# arguments of Qwen3-VL's call that concern text; how photos are resized and normalised is the processor's matter
 TEXT_ARGUMENTS = frozenset(TextKwargs.__annotations__) | {
     "text_kwargs",
     "common_kwargs",
@@ -36,7 +36,7 @@ TEXT_ARGUMENTS = frozenset(TextKwargs.__annotations__) | {
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
 }
-# what it takes besides, for photos that it sizes itself
+# and those that concern photos, which are Qwen3-VL's without focal normalization
 VISION_ARGUMENTS = {*ImagesKwargs.__annotations__, *VideosKwargs.__annotations__, "images_kwargs", "videos_kwargs"}
 
 warn_of_untested_transformers()  # a processor can be loaded without the model
@@ -397,17 +397,17 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
     def _check_placeholders(self, text, num_images, images=None):
         rows = [text] if isinstance(text, str) else text
-        found = [row.count(self.image_token) for row in rows]
-        if sum(found) != num_images:
+        counts = [row.count(self.image_token) for row in rows]
+        if sum(counts) != num_images:
             raise ValueError(
-                f"text has {sum(found)} {self.image_token} placeholders for {num_images} images; write one an image"
+                f"text has {sum(counts)} {self.image_token} placeholders for {num_images} images; write one per image"
             )
         if isinstance(images, (list, tuple)) and len(images) == len(rows):
             given = [len(flatten(row, "images")) for row in images]
             # a flat list says nothing of rows; a nested one does
-            if any(isinstance(row, (list, tuple)) for row in images) and given != found:
+            if any(isinstance(row, (list, tuple)) for row in images) and given != counts:
                 raise ValueError(
-                    f"text has {found} {self.image_token} placeholders a row for {given} images a row; nest them alike"
+                    f"text has {counts} {self.image_token} placeholders per row for {given} images; nest them alike"
                 )
 
 
