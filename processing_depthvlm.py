@@ -214,18 +214,15 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         # what the image processor makes of each of the 256 values in each channel
         side = patch * merge * math.ceil(16 / (patch * merge))
         ramp = np.resize(np.arange(256, dtype=np.uint8), (side, side, 1)).repeat(3, axis=2)
-        values = self.image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="np")["pixel_values"]
-        values = values.reshape(-1, 3, frames, patch**2)[:, :, 0]
-        index = patchify(ramp, patch, merge)[0].reshape(values.shape)
-        table = np.empty((3, 256), np.float32)
-        for channel in range(3):
-            table[channel, index[:, channel]] = values[:, channel]
-        index = patches.reshape(len(patches), 3, 1, -1)
+        values = self.image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="pt")["pixel_values"]
+        table = torch.empty(3 * 256)
+        table[channel_index(torch.from_numpy(patchify(ramp, patch, merge)[0]))] = values.unflatten(1, (3, frames, -1))[
+            :, :, 0
+        ]
         if isinstance(patches, np.ndarray):
-            pixels = np.stack([table[channel][index[:, channel]] for channel in range(3)], axis=1)
-            return pixels.repeat(frames, axis=2).reshape(len(patches), -1)
-        table = torch.from_numpy(table).to(patches.device)
-        pixels = torch.stack([table[channel][index[:, channel].int()] for channel in range(3)], dim=1)
+            return self.normalize_patches(torch.from_numpy(patches)).numpy()
+        index = channel_index(patches)
+        pixels = table.to(patches.device).index_select(0, index.flatten()).view(len(patches), 3, 1, -1)
         return pixels.expand(-1, -1, frames, -1).reshape(len(patches), -1)
 
     def depth_text(self) -> str:
@@ -458,6 +455,12 @@ def patchify(image: np.ndarray, patch: int, merge: int) -> tuple[np.ndarray, tup
         0, 3, 1, 4, 6, 2, 5
     )
     return patches.reshape(rows * columns, -1), (1, rows, columns)
+
+
+def channel_index(patches: torch.Tensor) -> torch.Tensor:
+    """`(num_patches, 3 * n)` 8-bit values -> `(num_patches, 3, n)`, value + 256 * channel."""
+    offsets = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=patches.device)
+    return patches.unflatten(1, (3, -1)).int() + offsets[:, None]
 
 
 def per_image(values, num_images: int, name: str) -> list:
