@@ -71,6 +71,13 @@ def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> 
     return row, words
 
 
+def load_row(source: Source, split: str, frame: Frame) -> tuple[dict, np.ndarray]:
+    """`make_row` of a frame as its source loads it. Raises BadFrame, at once for a frame with a problem."""
+    if frame.problem:
+        raise BadFrame(frame.problem)
+    return make_row(type(source), split, frame, source.load(frame))
+
+
 def encode_depth(depth: np.ndarray, depth_range, depth_scale: float, name: str) -> np.ndarray:
     """Metres (h, w), 0 = none -> uint16 words; what lies outside depth_range becomes 0, never the bound."""
     if depth.ndim != 2 or not 0 < depth.size <= MAX_PIXELS:
@@ -156,8 +163,7 @@ class SourceReader:
     keep_hidden: bool = False
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
-        sample = _opened(self.source, self.raw, self.keep_hidden).load(frame)
-        row, words = make_row(self.source, self.split, frame, sample)
+        row, words = load_row(_opened(self.source, self.raw, self.keep_hidden), self.split, frame)
         if n_points:
             named = self.seed, self.source.name, frame.id
             points = sampling.draw_points(words, self.source.depth_scale, image_size(row), n_points, *named)

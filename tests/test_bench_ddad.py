@@ -9,6 +9,7 @@ import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.ddad import CAMERAS, SOURCE, read_cloud, read_pose
 
@@ -145,7 +146,7 @@ def test_camera_numbers():
 def test_cameras_that_a_sample_lacks_are_listed_and_refused(raw):
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="sample 1 of 000000/scene_abc.json has no usable CAMERA_05"):
-        source.load(frame_of(source, "CAMERA_05", 1))
+        load_row(source, "train", frame_of(source, "CAMERA_05", 1))
 
 
 def test_omitted_defaults():
@@ -179,7 +180,7 @@ def test_pose_that_is_absent_is_not_taken_for_identity(raw):
     edit_scene(raw, lambda content: content["data"][0]["datum"]["image"].pop("pose"))
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="KeyError.'pose'"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_two_points_on_one_pixel_nearest_wins(raw):
@@ -206,7 +207,7 @@ def test_missing_scene_file_is_listed(raw):
     source = SOURCE(raw)
     (frame,) = source.frames("train")
     with pytest.raises(BadFrame, match="000000/scene_abc.json is missing"):
-        source.load(frame)
+        load_row(source, "train", frame)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"scene_splits": {"0": {}}}', '{"scene_splits": {"0": 5}}'])
@@ -234,14 +235,14 @@ def test_file_outside_the_scene_is_refused(raw, kind, name):
     edit_scene(raw, change)
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="leads out"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_calibration_outside_the_scene_is_refused(raw):
     edit_scene(raw, lambda content: content["samples"][0].update(calibration_key=f"../../000150/{CALIBRATION}"))
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="leads out"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_calibration_without_the_camera_or_with_skew_is_refused(raw):
@@ -250,22 +251,22 @@ def test_calibration_without_the_camera_or_with_skew_is_refused(raw):
     source = SOURCE(raw)
     path.write_text(json.dumps({**calibration, "names": ["LIDAR", "CAMERA_09", "CAMERA_02"]}))
     with pytest.raises(BadFrame, match="no intrinsics of CAMERA_01"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
     calibration["intrinsics"][2]["skew"] = 3.0
     path.write_text(json.dumps(calibration))
     with pytest.raises(BadFrame, match="skew"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
     calibration["intrinsics"][2] = {"fx": "NaN", "fy": 1, "cx": 1, "cy": 1}
     path.write_text(json.dumps(calibration))
     with pytest.raises(BadFrame, match="not a camera's"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_resized_image_is_refused(raw):
     Image.new("RGB", (97, 61)).save(raw / "000000/rgb/CAMERA_01/15000000.png")
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="use the set's own image"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def npz(npy: bytes) -> bytes:

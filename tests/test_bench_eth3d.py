@@ -5,6 +5,7 @@ import pytest
 import scipy.optimize
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources import eth3d
 from bench.sources._base import BadFrame
 from bench.sources.eth3d import DEPTH, DISTORTED, SOURCE, UNDISTORTED, undistort
@@ -258,7 +259,7 @@ def test_missing_file_leaves_the_image_listed(tmp_path, missing):
     source = SOURCE(tmp_path)
     (frame,) = source.frames("test")
     with pytest.raises(FileNotFoundError):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_image_without_a_distorted_partner_is_refused(tmp_path):
@@ -269,7 +270,7 @@ def test_image_without_a_distorted_partner_is_refused(tmp_path):
     good, bad = source.frames("test")
     source.load(good)
     with pytest.raises(BadFrame, match="no image dslr_images/DSC_0300.JPG"):
-        source.load(bad)
+        load_row(source, "test", bad)
 
 
 def test_each_image_has_its_own_camera(tmp_path):
@@ -302,7 +303,7 @@ def test_hostile_name_in_images_txt(tmp_path, kind, name):
     frames = list(source.frames("test"))
     assert [frame.id for frame in frames] == ["terrace/DSC_0259"]
     with pytest.raises(BadFrame, match="images.txt has the line"):
-        source.load(frames[0])
+        load_row(source, "test", frames[0])
 
 
 def test_hostile_link_out_of_the_raw_folder(tmp_path):

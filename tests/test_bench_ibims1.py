@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.ibims1 import SOURCE
 
@@ -77,7 +78,7 @@ def test_imagelist_decides_and_a_missing_image_is_listed(tmp_path):
     frames = list(source.frames("test"))
     assert [frame.id for frame in frames] == ["lab_02", "livingroom_05"]
     with pytest.raises(FileNotFoundError):
-        source.load(frames[0])
+        load_row(source, "test", frames[0])
 
 
 def test_evaluation_only(tmp_path):
@@ -126,20 +127,20 @@ def test_mask_whose_zero_means_nothing_is_refused(tmp_path, mode):
     source, frame = one(tmp_path)
     save(tmp_path / "mask_transp" / "livingroom_05.png", Image.new(mode, SIZE))
     with pytest.raises(BadFrame, match="1-bit mask"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_mask_of_another_size_is_refused(tmp_path):
     source, frame = one(tmp_path, invalid=np.ones((2, 2), bool))
     with pytest.raises(BadFrame, match="1-bit mask"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_missing_mask_is_an_error_not_a_mask_of_ones(tmp_path):
     source, frame = one(tmp_path)
     (tmp_path / "mask_transp" / "livingroom_05.png").unlink()
     with pytest.raises(FileNotFoundError):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_truncated_mask_is_refused(tmp_path):
@@ -147,7 +148,7 @@ def test_truncated_mask_is_refused(tmp_path):
     path = tmp_path / "mask_transp" / "livingroom_05.png"
     path.write_bytes(path.read_bytes()[:45])
     with pytest.raises(BadFrame, match="mask_transp"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_trap_intrinsics_differ_between_images(tmp_path):
@@ -162,7 +163,7 @@ def test_bad_calib_is_refused(tmp_path, text):
     source, frame = one(tmp_path)
     (tmp_path / "calib" / "livingroom_05.txt").write_text(text)
     with pytest.raises(BadFrame, match="calib/livingroom_05.txt"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "rgb\\..\\x"])
@@ -180,7 +181,7 @@ def test_hostile_png_that_declares_an_absurd_size(tmp_path):
     Image.new("1", (9000, 9000)).save(data, "PNG")
     path.write_bytes(data.getvalue())
     with pytest.raises(BadFrame, match="bomb|pixels"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_needs_match_the_layout(tmp_path):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import picture, plane_depth, plane_error, png16, put
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.matterport3d import Matterport3D, read_conf
 
@@ -48,7 +49,7 @@ def failures(root):
     source, found = Matterport3D(root), {}
     for frame in source.frames("train"):
         try:
-            source.load(frame)
+            load_row(source, "train", frame)
         except (BadFrame, OSError) as error:
             found[frame.id] = str(error)
     return found

@@ -9,6 +9,7 @@ import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nuscenes import CAMERAS, SOURCE
 
@@ -174,7 +175,7 @@ def test_points_have_five_columns(raw):
     path.write_bytes(path.read_bytes()[:-4])
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="not whole points of 5 float32"):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
 
 
 def test_two_points_on_one_pixel_nearest_wins(raw):
@@ -200,14 +201,14 @@ def test_depth_is_z_not_ray_distance(raw):
 def test_cameras_that_a_sample_lacks_are_listed_and_refused(raw):
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="sample sample-scene-0001-0 has no usable CAM_BACK_LEFT"):
-        source.load(frame_of(source, "CAM_BACK_LEFT"))
+        load_row(source, "train", frame_of(source, "CAM_BACK_LEFT"))
 
 
 def test_missing_files_are_errors(raw):
     (raw / f"samples/LIDAR_TOP/scene-0001__{START}.pcd.bin").unlink()
     source = SOURCE(raw)
     with pytest.raises(FileNotFoundError):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
     (raw / "v1.0-trainval/ego_pose.json").unlink()
     with pytest.raises(BadRaw, match="v1.0-trainval/ego_pose.json"):
         list(source.frames("train"))
@@ -267,7 +268,7 @@ def test_missing_ego_pose_is_a_bad_frame(raw):
     edit_table(raw, "ego_pose", lambda content: content.remove(next(r for r in content if r["token"] == token)))
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match=token):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
     source.load(frame_of(source, "CAM_BACK"))
 
 
@@ -281,7 +282,7 @@ def test_impossible_calibration_is_a_bad_frame(raw, key, value):
     edit_table(raw, "calibrated_sensor", lambda content: [row.update({key: value}) for row in content])
     source = SOURCE(raw)
     with pytest.raises(BadFrame):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "samples/../../secret"])
@@ -289,14 +290,14 @@ def test_file_outside_the_raw_folder_is_refused(raw, name):
     edit_table(raw, "sample_data", lambda content: [row.update(filename=name) for row in content])
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="leads out"):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
 
 
 def test_resized_image_is_refused(raw):
     Image.new("RGB", (80, 45)).save(raw / f"samples/CAM_FRONT/scene-0001__{START + DELAY['CAM_FRONT']}.jpg")
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="use the set's own image"):
-        source.load(frame_of(source, "CAM_FRONT"))
+        load_row(source, "train", frame_of(source, "CAM_FRONT"))
 
 
 def test_nan_and_infinite_points_are_no_measurement(raw):

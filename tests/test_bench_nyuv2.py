@@ -6,6 +6,7 @@ import pytest
 import scipy.io
 from bench_fixtures_sun import NYU_CROP, plane_and_box, rotated, write_allsplit, write_scene
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nyuv2 import INTRINSICS, LABELED, SOURCE
 
@@ -163,7 +164,7 @@ def test_split_number_past_the_file_is_listed_and_refused(tmp_path):
     write_splits(tmp_path, [2])
     source = SOURCE(tmp_path)
     with pytest.raises(BadFrame, match="holds 1 frames, but splits.mat lists number 2"):
-        source.load(next(source.frames("test")))
+        load_row(source, "test", next(source.frames("test")))
 
 
 @pytest.mark.parametrize("numbers", [[-1], [np.nan], [1.5], [1e9]])
@@ -180,7 +181,7 @@ def test_hostile_depth_values(tmp_path, value):
     depth[5, 6] = value
     source, frame = one_labeled(tmp_path, rawDepths=depth.T[None])
     with pytest.raises(BadFrame, match="NaN, infinite or negative"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_hostile_depth_values(tmp_path, value):
 def test_hostile_shape_or_type(tmp_path, values):
     source, frame = one_labeled(tmp_path, rawDepths=values)
     with pytest.raises(BadFrame, match="rawDepths is"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_hostile_absurd_shape_and_chunks(tmp_path):
@@ -198,7 +199,7 @@ def test_hostile_absurd_shape_and_chunks(tmp_path):
         del file["rawDepths"]
         file.create_dataset("rawDepths", (10**9, 640, 480), "f4", chunks=(1000, 640, 480), compression="gzip")
     with pytest.raises(BadFrame, match="bomb"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize("link", ["external link", "soft link", "external storage", "virtual"])
@@ -223,21 +224,21 @@ def test_hostile_file_that_reads_another_file(tmp_path, link):
             layout[:] = h5py.VirtualSource(str(other), "rawDepths", (1, *FULL))
             file.create_virtual_dataset("rawDepths", layout)
     with pytest.raises(BadFrame, match="of its own"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_file_that_is_not_hdf5(tmp_path):
     source, frame = one_labeled(tmp_path)
     (tmp_path / LABELED).write_bytes(b"MATLAB 7.3")
     with pytest.raises(OSError):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
     source, frame = one_labeled(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match="pip install h5py"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize("write", [write_in_sun, write_labeled])

@@ -7,6 +7,7 @@ import pytest
 from bench_fixtures_sun import plane_and_box, rotated, write_allsplit, write_scene
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources import _sun as sun
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.sunrgbd import SOURCE
@@ -129,7 +130,7 @@ def test_missing_folder_is_listed_and_raises_in_load_never_a_similar_one(tmp_pat
     source = SOURCE(tmp_path)
     (frame,) = source.frames("test")
     with pytest.raises(FileNotFoundError):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_missing_split_file(tmp_path):
@@ -143,14 +144,14 @@ def test_depth_of_another_size_is_refused(tmp_path):
         tmp_path / "SUNRGBD" / frame.data / "depth_bfx" / "0000001-000001490246.png"
     )
     with pytest.raises(BadFrame, match="3x3 and its image 5x4"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_two_images_in_a_scene_are_refused(tmp_path):
     source, frame = one(tmp_path)
     (tmp_path / "SUNRGBD" / frame.data / "image" / "other.jpg").write_bytes(b"")
     with pytest.raises(BadFrame, match=r"holds 2 \*.jpg"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_eight_bit_depth_is_refused(tmp_path):
@@ -158,7 +159,7 @@ def test_eight_bit_depth_is_refused(tmp_path):
     path = tmp_path / "SUNRGBD" / frame.data / "depth_bfx" / "0000001-000001490246.png"
     Image.new("L", (5, 4), 9).save(path)
     with pytest.raises(BadFrame, match="16-bit"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_bad_intrinsics_are_refused(tmp_path, text):
     source, frame = one(tmp_path)
     (tmp_path / "SUNRGBD" / frame.data / "intrinsics.txt").write_text(text)
     with pytest.raises(BadFrame, match="intrinsics.txt is not"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize("entry", [ROOT + "kv2/align_kv2/../../../secret", "/etc/passwd", ROOT + "kv2/align_kv2/.", ""])
@@ -187,7 +188,7 @@ def test_hostile_link_out_of_the_raw_folder(tmp_path):
     source = SOURCE(raw)
     (frame,) = source.frames("test")
     with pytest.raises(BadFrame, match="link"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_hostile_mat_that_inflates_without_end(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import picture, plane_error, png16, put, write_omnidata_view
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.taskonomy import SPLIT_FILE, Taskonomy
 
@@ -69,7 +70,7 @@ def test_trap_euclidean_depth_is_not_read(root):
     (root / "depth_zbuffer/taskonomy/ant/point_10_view_0_domain_depth_zbuffer.png").unlink()
     source = Taskonomy(root)
     with pytest.raises(FileNotFoundError, match="depth_zbuffer"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 def test_trap_field_of_view_varies_from_view_to_view(root):
@@ -99,7 +100,7 @@ def test_trap_rgb_without_depth_is_listed_and_does_not_load(root):
     frame = next(source.frames("train"))
     assert frame.id == "ant/point_0_view_0"
     with pytest.raises(FileNotFoundError):
-        source.load(frame)
+        load_row(source, "train", frame)
 
 
 def test_building_without_files_is_listed_once(root):
@@ -107,17 +108,17 @@ def test_building_without_files_is_listed_once(root):
     (root / "rgb/taskonomy/fly").mkdir()
     source = Taskonomy(root)
     eel, fly = list(source.frames("train"))[-2:]
-    with pytest.raises(FileNotFoundError, match="eel"):
-        source.load(eel)
+    with pytest.raises(BadFrame, match="No such file.*eel"):
+        load_row(source, "train", eel)
     with pytest.raises(BadFrame, match="fly holds no point_P_view_V"):
-        source.load(fly)
+        load_row(source, "train", fly)
 
 
 def test_eight_bit_depth_is_refused(root):
     put(root / "depth_zbuffer/taskonomy/ant/point_10_view_0_domain_depth_zbuffer.png", picture(64, 64))
     source = Taskonomy(root)
     with pytest.raises(BadFrame, match="16-bit"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_hostile_camera_files(root, text):
     put(root / "point_info/taskonomy/ant/point_10_view_0_domain_point_info.json", text)
     source = Taskonomy(root)
     with pytest.raises(BadFrame, match="field_of_view_rads"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources import _tfrecord as tfrecord
 from bench.sources import waymo
 from bench.sources._base import BadFrame, BadRaw
@@ -660,7 +661,7 @@ def test_unreadable_files_are_listed_and_refused(tmp_path, frames, write):
     source, broken = broken_frames(tmp_path)
     assert len(broken) == 1 and broken[0].scene == SEGMENT
     with pytest.raises(BadFrame, match=SEGMENT):
-        source.load(broken[0])
+        load_row(source, "train", broken[0])
 
 
 @pytest.mark.parametrize(
@@ -678,7 +679,7 @@ def test_broken_record_is_listed_and_the_others_are_read(tmp_path, frames, tail,
     source, broken = broken_frames(write_v1(tmp_path, frames[:1], tail=tail))
     assert len(broken) == 1 and len(list(source.frames("train"))) == 3
     with pytest.raises(BadFrame, match=reason):
-        source.load(broken[0])
+        load_row(source, "train", broken[0])
     assert load(tmp_path).depth.any()
 
 

@@ -32,13 +32,15 @@ class BadRaw(ValueError):
 class Frame:
     """One image of a data set, listed without opening its pixels; picklable and cheap.
 
-    `id` is unique within source and split; `data` is what the source's own `load` needs (relative paths, numbers).
+    id: unique within source and split. data: what the source's `load` needs (relative paths, numbers). problem: why the
+    frame cannot be used, where the listing shows it; such a frame is reported and never loaded.
     """
 
     id: str
     scene: str
     camera: str = ""
     data: Any = None
+    problem: str = ""
 
 
 @dataclass(slots=True)

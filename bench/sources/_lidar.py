@@ -102,7 +102,6 @@ class LidarSource(Source):
     """A set whose depth comes from lidar sweeps.
 
     window: half-size in degrees of the search for nearer surfaces, about 1.25 times the spacing of the set's beams.
-    Frame.data of type str says why a frame that a set promises cannot be had; `load` raises it as BadFrame.
     """
 
     window: ClassVar[float] = WINDOW

@@ -58,21 +58,19 @@ class Omnidata(Source):
                 yield from self.views(scene)
 
     def views(self, scene: str) -> Iterator[Frame]:
-        """A scene's images; one frame that cannot be loaded stands for a scene that has none."""
+        """A scene's images, or one frame with the problem of a scene that has none."""
+        views, problem = [], f"rgb/{self.part}/{scene} holds no point_P_view_V_domain_rgb.png; unpack this scene"
         try:
-            found = [match[1] for name in self.listdir("rgb", self.part, scene) if (match := VIEW.fullmatch(name))]
-        except (OSError, BadFrame):
-            found = []  # load says why
-        if not found:
-            yield Frame(scene, scene)
-        for view in sorted(found):
+            views = [match[1] for name in self.listdir("rgb", self.part, scene) if (match := VIEW.fullmatch(name))]
+        except (OSError, BadFrame) as error:
+            problem = str(error)
+        if not views:
+            yield Frame(scene, scene, problem=problem)
+        for view in sorted(views):
             yield Frame(f"{scene}/{view}", scene, data=view)
 
     def load(self, frame: Frame) -> Sample:
         scene, view = frame.scene, frame.data
-        if view is None:
-            self.listdir("rgb", self.part, scene)  # raises if that is why there is no view
-            raise BadFrame(f"rgb/{self.part}/{scene} holds no point_P_view_V_domain_rgb.png; unpack this scene")
         image, (width, height) = self.read_image("rgb", self.part, scene, f"{view}_domain_rgb.png")
         if width != height:
             raise BadFrame(f"rgb of {frame.id} is {width}x{height}, but the field of view is of a square image")

@@ -73,7 +73,8 @@ class Argoverse2(LidarSource):
         for camera in CAMERAS:
             images = self.timestamps(own, log, f"sensors/cameras/{camera}", ".jpg")
             if not images:
-                yield Frame(f"{log}/{camera}/none", log, camera, f"no image in {own}/{log}/sensors/cameras/{camera}")
+                problem = f"no image in {own}/{log}/sensors/cameras/{camera}"
+                yield Frame(f"{log}/{camera}/none", log, camera, problem=problem)
             for timestamp in images:
                 yield Frame(
                     f"{log}/{camera}/{timestamp}", log, camera, (own, log, timestamp, nearest(sweeps, timestamp))
@@ -87,8 +88,6 @@ class Argoverse2(LidarSource):
         return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         own, log, timestamp, sweep = frame.data
         name = f"{own}/{log}/sensors/cameras/{frame.camera}/{timestamp}.jpg"
         if sweep is None or abs(sweep - timestamp) > MAX_GAP_NS:

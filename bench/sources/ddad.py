@@ -67,19 +67,19 @@ ddad.json
             content = json.loads(self.read_text(file))
             samples, datums = content["samples"], {datum["key"]: datum for datum in content["data"]}
         except (OSError, ValueError, TypeError, KeyError) as error:
-            yield Frame(f"{scene}/none", scene, "", f"{file} is missing or not a scene of this set ({error!r})")
+            problem = f"{file} is missing or not a scene of this set ({error!r})"
+            yield Frame(f"{scene}/none", scene, problem=problem)
             return
         for camera in CAMERAS:
             for i, sample in enumerate(samples):
+                data, problem = None, ""
                 try:
                     data = link(sample, datums, camera)
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    data = f"sample {i} of {file} has no usable {camera} with {LIDAR} ({error!r})"
-                yield Frame(f"{scene}/{camera}/{i:06d}", scene, camera, data)
+                    problem = f"sample {i} of {file} has no usable {camera} with {LIDAR} ({error!r})"
+                yield Frame(f"{scene}/{camera}/{i:06d}", scene, camera, data, problem)
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         image_name, declared, cloud_name, calibration, transform = frame.data
         image, size = self.read_image(frame.scene, image_name)
         require_size(f"{frame.scene}/{image_name}", size, declared)

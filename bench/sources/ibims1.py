@@ -46,15 +46,15 @@ class Ibims1(Source):
         for name in sorted({name.removesuffix(".png") for name in names}):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise BadRaw(f"imagelist.txt or rgb/ has the image name {name!r}; a name is like livingroom_05")
-            yield Frame(name, name.rpartition("_")[0], "", name)
+            yield Frame(name, name.rpartition("_")[0])
 
     def load(self, frame: Frame) -> Sample:
-        file = f"{frame.data}.png"
+        file = f"{frame.id}.png"
         image, _ = self.read_image("rgb", file)
         depth = self.read_depth16("depth", file).astype(np.float32) * np.float32(50 / 65535)
         for mask in ("mask_invalid", "mask_transp"):
             depth[~self._keep(f"{mask}/{file}", depth.shape)] = 0
-        return Sample(image, depth, self._intrinsics(f"calib/{frame.data}.txt"))
+        return Sample(image, depth, self._intrinsics(f"calib/{frame.id}.txt"))
 
     def _keep(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """A mask file -> (h, w) bool, true = keep."""

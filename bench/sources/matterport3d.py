@@ -55,12 +55,12 @@ class Matterport3D(Source):
         return scans
 
     def _views(self, scan: str) -> Iterator[Frame]:
-        """The views that the scan's .conf lists. A frame whose data is a text cannot be used, for that reason."""
+        """The views that the scan's .conf lists."""
         conf = f"{scan}/undistorted_camera_parameters/{scan}.conf"
         try:
             n_images, lines = read_conf(self.read_text(conf))
         except (OSError, ValueError) as error:
-            yield Frame(scan, scan, data=f"{conf} cannot be read ({error}); download or unpack this scan")
+            yield Frame(scan, scan, problem=f"{conf} cannot be read ({error}); download or unpack this scan")
             return
         found = {}
         for number, files, intrinsics in lines:
@@ -69,19 +69,17 @@ class Matterport3D(Source):
             if not match or key in found:
                 why = "is listed twice" if match else "is not the depth and colour image of one view"
                 bad = f"{scan}/line_{number}"
-                found[bad] = Frame(bad, scan, data=f"{conf}, line {number}: {files!r} {why}")
+                found[bad] = Frame(bad, scan, problem=f"{conf}, line {number}: {files!r} {why}")
             elif intrinsics is None:
-                found[key] = Frame(key, scan, data=f"{conf}, line {number}: no valid intrinsics_matrix precedes it")
+                found[key] = Frame(key, scan, problem=f"{conf}, line {number}: no valid intrinsics_matrix precedes it")
             else:
                 found[key] = Frame(key, scan, camera=f"i{match[2]}", data=(*files.split(), intrinsics))
         if n_images != str(len(lines)):
             short = f"{conf} says n_images {n_images!r}, but has {len(lines)} scan lines; download it again"
-            found[f"{scan}/n_images"] = Frame(f"{scan}/n_images", scan, data=short)
+            found[f"{scan}/n_images"] = Frame(f"{scan}/n_images", scan, problem=short)
         yield from (found[key] for key in sorted(found))
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         depth_name, image_name, intrinsics = frame.data
         image, size = self.read_image(frame.scene, "undistorted_color_images", image_name)
         if size != IMAGE_SIZE:

@@ -79,11 +79,12 @@ samples/LIDAR_TOP/*.pcd.bin"""
         for scene, scene_token in scenes:
             for camera in CAMERAS:
                 for timestamp, token in sorted(samples[scene_token]):
+                    data, problem = None, ""
                     try:
                         data = link(keyframes[token, camera], keyframes[token, LIDAR], sensors, egos)
                     except (ValueError, TypeError, KeyError) as error:
-                        data = f"sample {token} has no usable {camera} with {LIDAR} ({error!r})"
-                    yield Frame(f"{scene}/{camera}/{timestamp}", scene, camera, data)
+                        problem = f"sample {token} has no usable {camera} with {LIDAR} ({error!r})"
+                    yield Frame(f"{scene}/{camera}/{timestamp}", scene, camera, data, problem)
 
     def rows(self, folder: str, table: str) -> Iterator[dict]:
         """The rows of one table, a JSON list of objects, with no more than a few MB of it in memory."""
@@ -117,8 +118,6 @@ samples/LIDAR_TOP/*.pcd.bin"""
                 text, position = text[position:] + more, 0
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         image_name, declared, lidar_name, intrinsics, transform = frame.data
         image, size = self.read_image(image_name)
         require_size(image_name, size, declared)

@@ -37,7 +37,7 @@ class NyuV2(Source):
 
     def frames(self, split: str) -> Iterator[Frame]:
         self.own_splits(split)
-        in_sun = self.path("SUNRGBD/kv1/NYUdata").is_dir()
+        in_sun = self._in_sun()
         if not in_sun and not self.path(LABELED).is_file():
             raise BadRaw(f"{self.raw} has neither SUNRGBD/kv1/NYUdata nor {LABELED}; pass the folder that holds one")
         if self.path("splits.mat").is_file():
@@ -47,7 +47,10 @@ class NyuV2(Source):
         else:
             raise BadRaw(f"splits.mat is not beside {LABELED}; download it from {self.page}")
         for name in names:
-            yield Frame(name, "", "", f"kv1/NYUdata/{name}" if in_sun else int(name[3:]))
+            yield Frame(name, "")
+
+    def _in_sun(self) -> bool:
+        return self.path("SUNRGBD/kv1/NYUdata").is_dir()
 
     def _test_numbers(self) -> list[int]:
         """testNdxs of splits.mat, which count from 1, sorted."""
@@ -57,7 +60,9 @@ class NyuV2(Source):
         return sorted({int(number) for number in numbers})
 
     def load(self, frame: Frame) -> Sample:
-        return load_scene(self, frame.data) if isinstance(frame.data, str) else self._load_labeled(frame.data - 1)
+        return (
+            load_scene(self, f"kv1/NYUdata/{frame.id}") if self._in_sun() else self._load_labeled(int(frame.id[3:]) - 1)
+        )
 
     def _load_labeled(self, index: int) -> Sample:
         try:

@@ -66,7 +66,7 @@ class ScanNetPP(Source):
         return scenes
 
     def _scene_frames(self, scene: str) -> Iterator[Frame]:
-        """Every 60th image of a scene. A frame whose data is a text cannot be used, for that reason."""
+        """Every 60th image of a scene."""
         folder = f"data/{scene}/iphone"
         try:
             numbers = [int(match[1]) for name in self.listdir(folder, "rgb") if (match := RGB_NAME.fullmatch(name))]
@@ -75,7 +75,7 @@ class ScanNetPP(Source):
             numbers, why = [], f"{folder}/rgb cannot be listed ({error})"
         numbers = [number for number in numbers if number % FRAME_STEP == 0]
         if not numbers:
-            yield Frame(scene, scene, data=f"{why}; extract the video's frames with the official toolkit")
+            yield Frame(scene, scene, problem=f"{why}; extract the video's frames with the official toolkit")
             return
         problem = ""
         try:
@@ -88,11 +88,9 @@ class ScanNetPP(Source):
             key = f"frame_{number:06d}"
             entry = None if problem else cameras.get(key)  # by name, so that a missing entry moves no other
             matrix = entry.get("intrinsic") if isinstance(entry, dict) else None
-            yield Frame(f"{scene}/{key}", scene, data=problem or (number, matrix))
+            yield Frame(f"{scene}/{key}", scene, data=(number, matrix), problem=problem)
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         number, matrix = frame.data
         folder, key = f"data/{frame.scene}/iphone", f"frame_{number:06d}"
         intrinsics = pinhole(matrix, f"{folder}/pose_intrinsic_imu.json, {key}")

@@ -437,7 +437,7 @@ or v1: {training,testing}/*.tfrecord"""
                     name = CAMERAS.get(camera, f"camera{camera}")
                     yield Frame(f"{scene}/{timestamp}_{name}", scene, name, (folder, file, key, camera))
                 for place, reason in broken:
-                    yield Frame(f"{scene}/{place}", scene, data=f"{folder}/{file}: {reason}")
+                    yield Frame(f"{scene}/{place}", scene, problem=f"{folder}/{file}: {reason}")
 
     def segment_files(self, folder: str) -> list[str]:
         """Sorted segment files of v2 (.parquet, in every component folder under the same name) or v1 (.tfrecord)."""
@@ -452,8 +452,6 @@ or v1: {training,testing}/*.tfrecord"""
         return v1 or v2
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         folder, file, key, camera = frame.data
         try:
             return self.sample(folder, file, key, camera)
