@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
+from bench_fixtures_toy import reason
 from PIL import Image
 
 from bench.build import load_row
@@ -264,44 +265,21 @@ def test_image_of_another_size_is_refused(raw):
 
 @pytest.mark.parametrize("file", ["calibration/intrinsics.feather", "sensors/lidar/{sweep}.feather"])
 @pytest.mark.parametrize("content", [b"", b"not a table", None])
-def test_broken_tables_are_bad_frames(raw, file, content):
+def test_broken_tables_are_listed(raw, file, content):
     path = raw / "train" / LOG / file.format(sweep=SWEEP_TIMES[0])
     if content is None:
         write_table(path, something=[1, 2])
     else:
         path.write_bytes(content)
     source = SOURCE(raw)
-    with pytest.raises(BadFrame, match=path.name):
-        load_row(source, "train", frame_of(source, "ring_front_center"))
-
-
-def test_row_with_an_empty_cell_is_a_bad_frame(raw):
-    path = raw / "train" / LOG / "calibration/intrinsics.feather"
-    columns = pyarrow.feather.read_table(path).to_pydict()
-    write_table(path, **{**columns, "fx_px": [None, *columns["fx_px"][1:]]})
-    source = SOURCE(raw)
-    with pytest.raises(BadFrame, match="no whole row with sensor_name ring_front_center"):
-        load_row(source, "train", frame_of(source, "ring_front_center"))
+    expected = "No match for FieldRef" if content is None else path.name
+    assert expected in reason(source, frame_of(source, "ring_front_center"))
 
 
 def test_nan_and_infinite_points_are_no_measurement(raw):
     write_sweep(raw / "train" / LOG / f"sensors/lidar/{SWEEP_TIMES[0]}.feather", [[np.nan, 0, 0], [np.inf, 1, 1]])
     source = SOURCE(raw)
     assert not source.load(frame_of(source, "ring_front_center")).depth.any()
-
-
-def test_points_that_are_no_floats_are_refused(raw):
-    write_table(raw / "train" / LOG / f"sensors/lidar/{SWEEP_TIMES[0]}.feather", x=["a"], y=["b"], z=["c"])
-    source = SOURCE(raw)
-    with pytest.raises(BadFrame, match="not floats"):
-        load_row(source, "train", frame_of(source, "ring_front_center"))
-
-
-def test_absurd_number_of_rows_is_refused(raw, monkeypatch):
-    monkeypatch.setattr("bench.sources.argoverse2.MAX_ROWS", 10)
-    source = SOURCE(raw)
-    with pytest.raises(BadFrame, match="more than 10 rows"):
-        load_row(source, "train", frame_of(source, "ring_front_center"))
 
 
 def test_a_link_out_of_the_raw_folder_is_refused(raw, tmp_path_factory):
