@@ -13,7 +13,7 @@ the 0.5 when it writes its calibration.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -117,7 +117,9 @@ class Eth3d(Source):
         return ids
 
 
-def undistort(x_distorted, y_distorted, lens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def undistort(
+    x_distorted: np.ndarray, y_distorted: np.ndarray, lens: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Invert THIN_PRISM_FISHEYE: distorted normalised coordinates (N,) -> x / z, y / z and which are valid, each (N,).
 
     lens: k1, k2, p1, p2, k3, k4, sx1, sy1. Forwards, a direction at angle theta from the axis is first put at radius

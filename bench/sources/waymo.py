@@ -56,7 +56,7 @@ class Camera:
 # Geometry
 
 
-def beam_inclinations(values, low: float, high: float, height: int) -> np.ndarray:
+def beam_inclinations(values: Sequence[float] | None, low: float, high: float, height: int) -> np.ndarray:
     """Inclination in radians of each row of a range image (height,), row 0 (the highest beam) first.
 
     `values` is stored lowest first; where it is None or empty the beams are uniform, at half steps from low to high.
@@ -221,8 +221,8 @@ class Segment:
     """A v2 segment; its frames' keys are their timestamps."""
 
     def __init__(self, source: LidarSource, folder: str, file: str):
-        def rows(component_folder, *keys_and_columns):
-            return Rows(source.path(folder, component_folder, file), *keys_and_columns)
+        def rows(component: str, *keys_and_columns) -> Rows:
+            return Rows(source.path(folder, component, file), *keys_and_columns)
 
         first_return = "range_image_return1.values", "range_image_return1.shape"
         by_laser = TIMESTAMP, LASER
@@ -230,7 +230,7 @@ class Segment:
         self.ranges = rows("lidar", by_laser, "LiDAR", *first_return)
         self.projections = rows("lidar_camera_projection", by_laser, "LiDARCameraProjection", *first_return)
         self.poses = rows("lidar_pose", by_laser, "LiDARPose", *first_return)
-        # The calibrations have no timestamp: one row a sensor.
+        # The calibrations have no timestamp: one row per sensor.
         camera = "extrinsic.transform", "width", "height", *(f"intrinsic.{name}" for name in INTRINSIC)
         self.cameras = rows("camera_calibration", (CAMERA,), "CameraCalibration", *camera)
         laser = "extrinsic.transform", "beam_inclination.values", "beam_inclination.min", "beam_inclination.max"
@@ -244,7 +244,7 @@ class Segment:
         extrinsic, width, height, *intrinsic = (value.as_py() for value in self.cameras.get(camera))
         return make_camera(intrinsic, extrinsic, width, height)
 
-    def sweep(self, timestamp: int):
+    def sweep(self, timestamp: int) -> tuple[np.ndarray, np.ndarray]:
         extrinsic, *inclination = (value.as_py() for value in self.lasers.get(TOP))
         images = []
         for rows in (self.ranges, self.projections, self.poses):
@@ -255,7 +255,7 @@ class Segment:
         return sweep(*images, inclination, matrix4(extrinsic, "the TOP lidar's extrinsic"))
 
 
-def list_segment(path: Path):
+def list_segment(path: Path) -> tuple[list[tuple[int, int, int]], list]:
     """Images of a v2 segment as (timestamp, camera, key), from the key columns alone; no broken ones."""
     rows = key_rows(open_parquet(path), (TIMESTAMP, CAMERA))
     return [(timestamp, camera, timestamp) for timestamp, camera in rows], []
@@ -284,7 +284,7 @@ class Records:
         extrinsic = transform(calibration, 3, "the camera's extrinsic").ravel()
         return make_camera(fixed(calibration.get(2, []), "<f8"), extrinsic, width, height)
 
-    def sweep(self, offset: int):
+    def sweep(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
         frame = self.frame(offset)
         context = fields(last(frame, 1, memoryview, "Frame.context"))
         calibration = named(context.get(3, []), TOP, "laser calibration")
@@ -301,7 +301,7 @@ class Records:
         return sweep(*images, (values, low, high), transform(calibration, 5, "the TOP lidar's extrinsic"))
 
 
-def list_records(path: Path):
+def list_records(path: Path) -> tuple[list[tuple[int, int, int]], list[tuple[str, str]]]:
     """Images of a v1 file as (timestamp, camera, key), and its broken records as (place, reason).
 
     Walks over the lengths in the file and reads little else.
@@ -363,7 +363,7 @@ or v1: {training,testing}/*.tfrecord"""
     splits = {"train": ("training",), "test": ("testing",)}
     depth_range = (0.05, 70.0)
 
-    def __init__(self, raw, remove_hidden: bool = True):
+    def __init__(self, raw: str | Path, remove_hidden: bool = True):
         super().__init__(raw, remove_hidden)
         # The last segment and the last sweep used, each with what it belongs to: five cameras share a sweep.
         self.segment = self.points = (None, None)

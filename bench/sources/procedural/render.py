@@ -9,7 +9,7 @@ Not used: BLAS, sums over arrays (their order differs), sin, cos, exp, pow (thei
 distributions (their streams may change). An angle is its cosine and sine, drawn as (1 - t^2, 2 t) / (1 + t^2).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,7 +102,7 @@ class Part:
         return (x, y, z) if s or c == 1.0 else (-x, -y, z)
 
 
-def intersect(part: Part, origin, direction) -> np.ndarray:
+def intersect(part: Part, origin: Sequence[Number], direction: Sequence[Number]) -> np.ndarray:
     """t where rays origin + t direction (arrays or numbers, broadcast) enter the part; inf where they miss it."""
     o = part.to_local(*(p - c for p, c in zip(origin, part.center, strict=True)))
     d = part.to_local(*direction)
@@ -247,7 +247,15 @@ def surfaces(camera: Camera, parts: list[Part], depth: np.ndarray, index: np.nda
     return albedo, normal
 
 
-def shade(camera: Camera, part: Part, pixels, t, d, albedo, normal) -> None:
+def shade(
+    camera: Camera,
+    part: Part,
+    pixels: np.ndarray,
+    t: np.ndarray,
+    d: Sequence[np.ndarray],
+    albedo: np.ndarray,
+    normal: np.ndarray,
+) -> None:
     """Write albedo and normal of the pixels that show `part`, at z-depth t along rays d."""
     o = part.to_local(*(p - c for p, c in zip(camera.position, part.center, strict=True)))
     d = part.to_local(*d)
@@ -318,11 +326,11 @@ def srgb(code: str) -> Vector:
     return r * r, g * g, b * b
 
 
-def column(color) -> np.ndarray:
+def column(color: Vector) -> np.ndarray:
     return np.array(color, np.float32).reshape(3, -1)
 
 
-def mix(a, b, share) -> np.ndarray:
+def mix(a: Vector | np.ndarray, b: Vector | np.ndarray, share: Number) -> np.ndarray:
     """(3, N) colours from a to b."""
     a, b = column(a), column(b)
     return a + (b - a) * share
@@ -348,7 +356,7 @@ def band(x: np.ndarray, width: np.ndarray, lo: float, hi: float) -> np.ndarray:
     return np.maximum(share, np.float32(0))
 
 
-def scramble(i, j, seed: int) -> np.ndarray:
+def scramble(i: np.ndarray, j: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each cell (i, j), floats that hold whole numbers, by an integer hash.
 
     Past 2**31 the cell, so the number, depends on the machine; patterns have faded out long before that.
@@ -362,7 +370,7 @@ def scramble(i, j, seed: int) -> np.ndarray:
     return (h >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def noise(x, y, seed: int) -> np.ndarray:
+def noise(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
     """Smooth noise in [0, 1) of period about 2."""
     i, j = np.floor(x), np.floor(y)
     u, v = x - i, y - j
@@ -372,7 +380,7 @@ def noise(x, y, seed: int) -> np.ndarray:
     return top * (1 - v) + bottom * v
 
 
-def fade(width) -> np.ndarray:
+def fade(width: Number) -> np.ndarray:
     """1 where a pixel is far smaller than a pattern's cell, 0 where it is larger; width in cells."""
     return np.clip(np.float32(1.5) - width, np.float32(0), np.float32(1))
 
@@ -380,7 +388,9 @@ def fade(width) -> np.ndarray:
 # Light
 
 
-def shadows(camera: Camera, parts: list[Part], depth: np.ndarray, receives: np.ndarray, light, sun: bool) -> np.ndarray:
+def shadows(
+    camera: Camera, parts: list[Part], depth: np.ndarray, receives: np.ndarray, light: Vector, sun: bool
+) -> np.ndarray:
     """(H, W) bool: does a part stand between the pixel and the light, a direction for the sun, or else a point.
 
     receives (H, W): the pixels that are asked about, near the ground.

@@ -340,7 +340,7 @@ def person(scene: Scene, draw: Draw, color: Vector) -> None:
     scene.add("ellipsoid", (0, 0.025 * k, 1.655 * k), (0.185 * k, 0.19 * k, 0.2 * k), hair)
 
 
-def plant(scene: Scene, draw: Draw, color=None) -> None:
+def plant(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     leaf, seed, h = draw.choice(LEAVES), draw.seed(), draw.uniform(0.5, 1.0)
     scene.add("cylinder", (0, 0, 0.17), (0.34, 0.34, 0.34), srgb("a45c42"))
     for i in range(3):
@@ -368,7 +368,7 @@ def door(scene: Scene, draw: Draw, color: Vector) -> None:
     scene.box((side, -0.03, 1.0), (0.04, 0.02, 0.2), STEEL)
 
 
-def window(scene: Scene, draw: Draw, color=None) -> None:
+def window(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     """A window of 1.2 by 1.3 m, its sill 0.9 m above the floor; what is behind it is painted on."""
     sky, land = srgb("cee2f6"), srgb("769660")
 
@@ -381,7 +381,7 @@ def window(scene: Scene, draw: Draw, color=None) -> None:
     scene.box((0, -0.03, 0.8), (1.5, 0.16, 0.04), srgb("e8e6e2"))
 
 
-def picture(scene: Scene, draw: Draw, color=None) -> None:
+def picture(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     w, h, seed = draw.uniform(0.4, 1.0), draw.uniform(0.4, 0.7), draw.seed()
     low, high = (darker(q, 0.8) for q in (draw.choice(WALLS), draw.choice(BRICKS + LEAVES + PLASTERS)))
 
@@ -458,7 +458,7 @@ def room(draw: Draw, spread: float) -> Scene:
     return scene
 
 
-def room_paint(draw: Draw, height: float):
+def room_paint(draw: Draw, height: float) -> Paint:
     seed = draw.seed()
     floor = draw.integer(0, 6)
     wood, grey = draw.choice(WOODS), draw.uniform(0.2, 0.6)
@@ -621,12 +621,12 @@ def car(scene: Scene, draw: Draw, color: Vector) -> None:
             scene.add("cylinder", (x, y, 0.32), (0.22, 0.64, 0.64), wheel, axis=0)
 
 
-def wheel(f: Face):
+def wheel(f: Face) -> np.ndarray:
     hub = np.clip((0.2 - np.sqrt(f.y * f.y + f.z * f.z)) / np.maximum(f.wa, np.float32(0.01)) + 0.5, 0, 1)
     return mix(srgb("1e1e20"), STEEL, hub if f.axis == 0 else 0 * hub)
 
 
-def tree(scene: Scene, draw: Draw, color=None) -> None:
+def tree(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     h, leaf, seed = draw.uniform(4.5, 8.0), draw.choice(LEAVES), draw.seed()
     scene.add("cylinder", (0, 0, 0.25 * h), (0.28, 0.28, 0.5 * h), srgb("5c4836"))
     for i in range(draw.integer(2, 4)):
@@ -635,7 +635,7 @@ def tree(scene: Scene, draw: Draw, color=None) -> None:
         scene.add("ellipsoid", (x, y, (0.58 + 0.1 * i) * h), (w, w, 0.85 * w), rough(leaf, seed + i, 0.16, 0.8))
 
 
-def lamp(scene: Scene, draw: Draw, color=None) -> None:
+def lamp(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     """A street lamp 6 m high; its arm reaches along its local -y."""
     scene.add("cylinder", (0, 0, 3.0), (0.14, 0.14, 6.0), STEEL)
     scene.add("cylinder", (0, 0, 0.4), (0.24, 0.24, 0.8), darker(STEEL, 0.7))
@@ -843,7 +843,7 @@ def populate(scene: Scene, draw: Draw, road: Road, spread: float) -> None:
     half, pavement, zebra, end = road.half, road.pavement, road.zebra, road.end
     cross, cross_half = road.cross or (-1000.0, 0.0)
 
-    def put(kind: str, x: float, y: float, turn, color: str = "") -> None:
+    def put(kind: str, x: float, y: float, turn: tuple[float, float], color: str = "") -> None:
         build, radius = THINGS[kind]
         z = KERB if abs(x) > half and abs(y - cross) > cross_half else 0.0
         in_the_way = kind != "car" and abs(x) > half and abs(y - cross) < cross_half + radius

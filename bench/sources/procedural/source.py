@@ -94,7 +94,15 @@ def develop(scene: Scene, camera: caster.Camera, depth: np.ndarray, part: np.nda
     return caster.develop(colors, part)
 
 
-def in_street(scene: Scene, albedo, normal, point, dark, depth, index) -> np.ndarray:
+def in_street(
+    scene: Scene,
+    albedo: np.ndarray,
+    normal: np.ndarray,
+    point: list[np.ndarray],
+    dark: np.ndarray,
+    depth: np.ndarray,
+    index: np.ndarray,
+) -> np.ndarray:
     """Linear colours (3, N) under sun, sky and haze."""
     facing = sum(n * np.float32(q) for n, q in zip(normal, scene.light, strict=True))
     glow = scene.strength * np.maximum(facing, 0) * np.where(dark, np.float32(0.15), np.float32(1))
@@ -102,7 +110,15 @@ def in_street(scene: Scene, albedo, normal, point, dark, depth, index) -> np.nda
     return linear + (caster.column(scene.horizon) - linear) * (depth / (depth + 350))
 
 
-def in_room(scene: Scene, albedo, normal, point, dark, depth, index) -> np.ndarray:
+def in_room(
+    scene: Scene,
+    albedo: np.ndarray,
+    normal: np.ndarray,
+    point: list[np.ndarray],
+    dark: np.ndarray,
+    depth: np.ndarray,
+    index: np.ndarray,
+) -> np.ndarray:
     """Linear colours (3, N) under a lamp, darker towards the corners."""
     to = [np.float32(q) - p for q, p in zip(scene.light, point, strict=True)]
     square = to[0] * to[0] + to[1] * to[1] + to[2] * to[2]
