@@ -7,7 +7,7 @@ from bench.sources._base import BadFrame, BadRaw, pinhole
 from bench.sources.matterport3d import Matterport3D, read_conf
 
 SCAN, PANO = "17DRP5sb8fy", "0f37bd0737e349de9d536263a4bdd60d"
-CAMERAS = {0: (1076.45, 631.0, 509.0), 1: (1074.56, 640.0, 508.0)}  # focal, cx, cy
+CAMERAS = {0: (1076.45, 631.0, 514.0), 1: (1074.56, 640.0, 515.0)}  # focal, cx, cy from the top
 POSE = "1 0 0 5.5  0 -1 0 2  0 0 -1 1.5  0 0 0 1"  # OpenGL axes
 CONF = f"{SCAN}/undistorted_camera_parameters/{SCAN}.conf"
 JPEG = picture(1280, 1024, "JPEG")
@@ -25,7 +25,7 @@ def conf(*lines):
 
 def matrix(camera):
     focal, cx, cy = CAMERAS[camera]
-    return f"intrinsics_matrix {focal} 0 {cx}  0 {focal} {cy}  0 0 1"
+    return f"intrinsics_matrix {focal} 0 {cx}  0 {focal} {1023 - cy}  0 0 1"  # which counts from the bottom
 
 
 @pytest.fixture
@@ -80,8 +80,17 @@ def test_facts():
 def test_trap_intrinsics_are_of_the_nearest_preceding_line(root):
     source = Matterport3D(root)
     _, second, third = source.frames("train")
-    assert source.load(second).intrinsics == (1076.45, 1076.45, 631.0, 509.0)
-    assert source.load(third).intrinsics == (1074.56, 1074.56, 640.0, 508.0)
+    assert source.load(second).intrinsics == (1076.45, 1076.45, 631.0, 514.0)
+    assert source.load(third).intrinsics == (1074.56, 1074.56, 640.0, 515.0)
+
+
+def test_trap_cy_counts_from_the_bottom(root):
+    """A line of a released .conf, and the same camera in matterport_camera_intrinsics: w h fx fy cx cy."""
+    raw = "1280 1024 1076.45 1077.19 631.116 513.798"
+    put(root / CONF, conf("intrinsics_matrix 1076.45 0 631.116  0 1077.19 509.202  0 0 1", scan_line(0, 2)))
+    source = Matterport3D(root)
+    expected = tuple(map(float, raw.split()[2:]))
+    assert source.load(next(source.frames("train"))).intrinsics == pytest.approx(expected, abs=1e-9)
 
 
 def test_trap_double_blanks_tabs_and_line_ends():

@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -8,6 +9,7 @@ from bench_fixtures_sun import NYU_CROP, plane_and_box, rotated, write_allsplit,
 from bench_fixtures_toy import reason
 
 from bench.build import load_row
+from bench.sources import nyuv2
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nyuv2 import INTRINSICS, LABELED, SOURCE
 
@@ -107,6 +109,13 @@ def test_trap_crop_offset(tmp_path):
     write_allsplit(tmp_path, [ROOT + "kv1/NYUdata/NYU0001"])
     source = SOURCE(tmp_path)
     assert source.load(next(source.frames("test"))).intrinsics == NYU_CROP
+
+
+def test_crop_and_its_uncertainty_are_stated():
+    """SUN's images are the original's from pixel (40, 44) on, counted from 0, where its intrinsics say (41, 45)."""
+    for text in (nyuv2.__doc__, (Path(nyuv2.__file__).parents[1] / "README.md").read_text()):
+        text = " ".join(text.split())
+        assert "pixel (40, 44) on, counted from 0" in text and "1 px" in text and "less (41, 45)" in text
 
 
 def test_trap_transposed_hdf5(tmp_path):

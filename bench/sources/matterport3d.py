@@ -1,7 +1,7 @@
 """Matterport3D: 18 undistorted 1280x1024 views a panorama with sensor depth. Train only.
 
-Facts: niessner/Matterport, data_organization.md. It says that the undistorted images have their origin at the bottom
-left, but not whether cy counts from there; cx and cy are passed on as stored (cy lies within a few px of the middle).
+The .conf counts cy from the bottom row: from the top it is 1023 - cy. Facts: niessner/Matterport, data_organization.md
+and gaps/pkgs/RGBD/RGBDCamera.cpp, which flips it when it reads the raw cameras' files.
 """
 
 import re
@@ -70,10 +70,10 @@ class Matterport3D(Source):
 
     def load(self, frame: Frame) -> Sample:
         depth_name, image_name, matrix = frame.data
-        intrinsics = pinhole(matrix, f"the intrinsics_matrix of {image_name}")
+        fx, fy, cx, cy = pinhole(matrix, f"the intrinsics_matrix of {image_name}")
         image, _ = self.read_image(frame.scene, "undistorted_color_images", image_name, size=IMAGE_SIZE)
         stored = self.read_depth16(frame.scene, "undistorted_depth_images", depth_name)
-        return Sample(image, stored / np.float32(self.depth_scale), intrinsics)
+        return Sample(image, stored / np.float32(self.depth_scale), (fx, fy, cx, IMAGE_SIZE[1] - 1 - cy))
 
 
 def read_conf(text: str) -> tuple[str, list[tuple[int, str, list[str]]]]:

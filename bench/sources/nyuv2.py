@@ -1,12 +1,12 @@
 """NYUv2: the 654 labelled test frames of a Kinect v1. Evaluation only; two releases are read, never mixed.
 
-- Inside SUN RGB-D (the paper's choice, taken where both are present): 561x427 images, which crop the originals from
-  their pixel (40, 44) on, counted from 0; depth is `depth_bfx`, with holes filled (see `_sun.py`).
+- Inside SUN RGB-D (the paper's choice, taken where both are present): 561x427 images, the originals from their pixel
+  (40, 44) on, counted from 0; depth is `depth_bfx`, with holes filled (see `_sun.py`).
 - nyu_depth_v2_labeled.mat: the original 640x480 images, and `rawDepths`, which are measured pixels only: 0 = none, and
   10 m is where the set cuts off all farther values, so it is no measurement either. float32 metres, stored in 1 mm.
 
 Uncertain by 1 px: cx and cy. SUN's are the original's less (41, 45), not (40, 44), which is right if the original's
-count pixels from 1 and SUN's from 0. Neither set says so; both are taken as counted from 0.
+count pixels from 1 and SUN's from 0. Neither set says; here both are taken as counted from 0.
 """
 
 from collections.abc import Iterator
