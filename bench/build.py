@@ -126,13 +126,17 @@ def read_row(
         return row, None, stored
     except (MemoryError, ImportError):  # of the machine, not of the frame
         raise
-    except (BadFrame, BadRaw, OSError) as error:
-        reason = str(error)
     except Exception as error:  # a damaged file, whatever a library makes of it, must not end a run of days
+        return None, reason(error), None
+
+
+def reason(error: Exception) -> str:
+    """Why a frame cannot be used, in printable characters: it may quote what a file holds."""
+    text = str(error)
+    if not isinstance(error, BadFrame | BadRaw | OSError):  # a library's error says little without its place
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-    # The reason may quote what a file holds, and is printed.
-    return None, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:1000]), None
+        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
 
 
 # A source's split

@@ -32,6 +32,10 @@ class BadRaw(ValueError):
     """A raw folder that is not what the source expects; the message says what is missing."""
 
 
+class AbsentSplit(BadRaw):
+    """A split that the raw folder has nothing of, as where it was not downloaded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """One image of a data set, listed without opening its pixels; picklable and cheap.

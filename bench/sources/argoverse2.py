@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.dataset as arrow_dataset
 
 from ..geometry import apply
-from ._base import BadFrame, BadRaw, Frame, Sample
+from ._base import AbsentSplit, BadFrame, Frame, Sample
 from ._lidar import LidarSource, pose
 
 CAMERAS = (
@@ -60,7 +60,7 @@ class Argoverse2(LidarSource):
     def frames(self, split: str) -> Iterator[Frame]:
         for official_split in self.official_splits(split):
             if not self.path(official_split).is_dir():
-                raise BadRaw(f"no folder {official_split!r} in {self.raw}; download its logs into it")
+                raise AbsentSplit(f"no folder {official_split!r} in {self.raw}; download its logs into it")
             for log in self.listdir(official_split):
                 if self.path(official_split, log).is_dir():
                     yield from self.frames_of_log(f"{official_split}/{log}", log)

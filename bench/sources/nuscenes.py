@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..geometry import apply
-from ._base import BadFrame, BadRaw, Frame, Sample, import_package, pinhole
+from ._base import AbsentSplit, BadFrame, BadRaw, Frame, Sample, import_package, pinhole
 from ._lidar import LidarSource, pose
 
 CAMERAS = ("CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT", "CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT")
@@ -46,6 +46,8 @@ samples/LIDAR_TOP/*.pcd.bin"""
 
     def frames(self, split: str) -> Iterator[Frame]:
         for folder in self.official_splits(split):
+            if not self.path(folder).is_dir():
+                raise AbsentSplit(f"no folder {folder} in {self.raw}; unpack the archive of its tables there")
             yield from self.frames_of_tables(folder)
 
     def frames_of_tables(self, folder: str) -> Iterator[Frame]:

@@ -30,7 +30,7 @@ from PIL import Image
 
 from ..geometry import apply
 from . import _tfrecord as tfrecord
-from ._base import BadFrame, BadRaw, Frame, Sample, import_package, open_image, pixels_of
+from ._base import AbsentSplit, BadFrame, BadRaw, Frame, Sample, import_package, open_image, pixels_of
 from ._lidar import LidarSource, splat
 from ._tfrecord import fields, fixed, last
 
@@ -391,7 +391,7 @@ or v1: {training,testing}/*.tfrecord"""
         """Sorted segment files of v2 (.parquet, in every component folder under the same name) or v1 (.tfrecord)."""
         expected = f"{folder}/camera_image/*.parquet and the other v2 components, or {folder}/*.tfrecord"
         if not self.path(folder).is_dir():
-            raise BadRaw(f"{self.raw} has no folder {folder}; expected {expected} (validation is not used)")
+            raise AbsentSplit(f"{self.raw} has no folder {folder}; expected {expected} (validation is not used)")
         v1 = [name for name in self.listdir(folder) if name.endswith(".tfrecord")]
         v2 = self.listdir(folder, "camera_image") if self.path(folder, "camera_image").is_dir() else []
         v2 = [name for name in v2 if is_v2(name)]
