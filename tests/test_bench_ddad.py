@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -309,6 +311,60 @@ def test_pickled_cloud_is_refused():
     np.savez(file, data=np.array([[{}, 1, 2, 3]], dtype=object))
     with pytest.raises(BadFrame, match="x.npz"):
         read_cloud(file.getvalue(), "x.npz")
+
+
+# A real sample: DGP's test scene, in DDAD's format
+
+
+def rotation(qw, qx, qy, qz) -> np.ndarray:
+    """The columns are the turned axes, each q e q* written out."""
+    return np.array(
+        [
+            [qw * qw + qx * qx - qy * qy - qz * qz, 2 * (qx * qy - qw * qz), 2 * (qx * qz + qw * qy)],
+            [2 * (qx * qy + qw * qz), qw * qw - qx * qx + qy * qy - qz * qz, 2 * (qy * qz - qw * qx)],
+            [2 * (qx * qz - qw * qy), 2 * (qy * qz + qw * qx), qw * qw - qx * qx - qy * qy + qz * qz],
+        ]
+    )
+
+
+def project(camera: str, scene: dict, calibration: dict, points: np.ndarray):
+    """u, v and z of lidar points in the last sample's image, by one pose after the other."""
+    keys = scene["samples"][-1]["datum_keys"]
+    datums = {datum["id"]["name"]: datum["datum"] for datum in scene["data"] if datum["key"] in keys}
+    to_world, from_world = datums["LIDAR"]["point_cloud"]["pose"], datums[camera]["image"]["pose"]
+    world = points @ rotation(**to_world["rotation"]).T + list(to_world["translation"].values())
+    x, y, z = ((world - list(from_world["translation"].values())) @ rotation(**from_world["rotation"])).T
+    k = calibration["intrinsics"][calibration["names"].index(camera)]
+    return k["fx"] * x / z + k["cx"], k["fy"] * y / z + k["cy"], z
+
+
+def test_real_scene_of_dgp(tmp_path):
+    """Every pixel against the chain of poses restated above. The car stands: its motion is tested on the street."""
+    shutil.copytree(Path(__file__).parent / "data/dgp", tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("scene_01/scene_*.json")
+    write_index(tmp_path, [f"scene_01/{file.name}"], [])
+    source = SOURCE(tmp_path, remove_hidden=False)
+    frame = next(frame for frame in source.frames("train") if frame.id == "scene_01/CAMERA_05/000002")
+    sample = source.load(frame)
+
+    (calibration,) = tmp_path.glob("scene_01/calibration/*.json")
+    (cloud,) = tmp_path.glob("scene_01/point_cloud/LIDAR/*.npz")
+    calibration, points = json.loads(calibration.read_text()), np.load(cloud)["data"][:, :3]
+    u, v, z = project("CAMERA_05", json.loads(file.read_text()), calibration, points)
+    nearest = {}
+    for column, row, depth in zip(np.floor(u + 0.5), np.floor(v + 0.5), z, strict=True):
+        if depth > 0 and 0 <= column < 1936 and 0 <= row < 1216:
+            nearest[row, column] = min(depth, nearest.get((row, column), np.inf))
+    rows, columns = np.nonzero(sample.depth)
+    assert set(zip(rows, columns, strict=True)) == set(nearest) and len(nearest) > 2900
+    expected = [nearest[pixel] for pixel in zip(rows, columns, strict=True)]
+    np.testing.assert_allclose(sample.depth[rows, columns], expected, rtol=1e-6)
+    assert sample.intrinsics == pytest.approx([calibration["intrinsics"][2][key] for key in ("fx", "fy", "cx", "cy")])
+    assert Image.open(io.BytesIO(sample.image)).size == (1936, 1216)
+
+    visible = SOURCE(tmp_path).load(frame).depth
+    assert 0.9 < np.count_nonzero(visible) / len(nearest) < 1
+    assert (visible == np.where(visible > 0, sample.depth, 0)).all()
 
 
 def test_nan_and_infinite_points_are_no_measurement(raw):
