@@ -15,7 +15,8 @@ from functools import cached_property
 
 import numpy as np
 
-Number = float | np.ndarray
+Array = np.ndarray
+Number = float | Array
 Vector = tuple[float, float, float]
 Angle = tuple[float, float]  # its cosine and sine
 INF = float("inf")
@@ -248,13 +249,7 @@ def surfaces(camera: Camera, parts: list[Part], depth: np.ndarray, index: np.nda
 
 
 def shade(
-    camera: Camera,
-    part: Part,
-    pixels: np.ndarray,
-    t: np.ndarray,
-    d: Sequence[np.ndarray],
-    albedo: np.ndarray,
-    normal: np.ndarray,
+    camera: Camera, part: Part, pixels: Array, t: Array, d: Sequence[Array], albedo: Array, normal: Array
 ) -> None:
     """Write albedo and normal of the pixels that show `part`, at z-depth t along rays d."""
     o = part.to_local(*(p - c for p, c in zip(camera.position, part.center, strict=True)))

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._base import Frame, Sample, Source
 from . import render as caster
+from .render import Array
 from .scenes import Draw, Scene, Thing, room, street, tilt
 
 SIZES = ((320, 240), (320, 240), (240, 320), (368, 208), (336, 224), (272, 272))  # (W, H), all of about 77 000 pixels
@@ -95,14 +96,8 @@ def develop(scene: Scene, camera: caster.Camera, depth: np.ndarray, part: np.nda
 
 
 def in_street(
-    scene: Scene,
-    albedo: np.ndarray,
-    normal: np.ndarray,
-    point: list[np.ndarray],
-    dark: np.ndarray,
-    depth: np.ndarray,
-    index: np.ndarray,
-) -> np.ndarray:
+    scene: Scene, albedo: Array, normal: Array, point: list[Array], dark: Array, depth: Array, index: Array
+) -> Array:
     """Linear colours (3, N) under sun, sky and haze."""
     facing = sum(n * np.float32(q) for n, q in zip(normal, scene.light, strict=True))
     glow = scene.strength * np.maximum(facing, 0) * np.where(dark, np.float32(0.15), np.float32(1))
@@ -111,14 +106,8 @@ def in_street(
 
 
 def in_room(
-    scene: Scene,
-    albedo: np.ndarray,
-    normal: np.ndarray,
-    point: list[np.ndarray],
-    dark: np.ndarray,
-    depth: np.ndarray,
-    index: np.ndarray,
-) -> np.ndarray:
+    scene: Scene, albedo: Array, normal: Array, point: list[Array], dark: Array, depth: Array, index: Array
+) -> Array:
     """Linear colours (3, N) under a lamp, darker towards the corners."""
     to = [np.float32(q) - p for q, p in zip(scene.light, point, strict=True)]
     square = to[0] * to[0] + to[1] * to[1] + to[2] * to[2]
