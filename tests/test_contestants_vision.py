@@ -16,8 +16,7 @@ from torch import nn
 from transformers.models.zoedepth import image_processing_pil_zoedepth
 
 from bench import contestants
-from bench.contestants import _base as contestant
-from bench.contestants import depth_pro
+from bench.contestants import _depth_model, depth_pro
 from bench.contestants._base import NotRunnable, Query
 
 NAMES = ("zoedepth", "depth_pro", "depth_anything_v2", "pipeline", "depth_anything_v1", "depth_anything_3", "unidepth")
@@ -151,7 +150,6 @@ def test_every_contestant_declares_its_conventions(name):
     assert contestant.dense and contestant.quantity == "z"
     assert contestant.uses_intrinsics == (name in ("metric3d", "depth_anything_3"))
     assert contestant.batch_safe == (name not in ("zoedepth", "depth_anything_3"))
-    assert contestant.deterministic == (name != "depth_anything_3")
 
 
 # Depth Anything V2
@@ -255,7 +253,7 @@ class DepthProProcessor:
 def torchvision(monkeypatch):
     monkeypatch.setattr(depth_pro, "is_torchvision_available", lambda: True)
     loader = types.SimpleNamespace(from_pretrained=lambda checkpoint: DepthProProcessor())
-    monkeypatch.setattr(contestant, "AutoImageProcessor", loader)
+    monkeypatch.setattr(_depth_model, "AutoImageProcessor", loader)
 
 
 def test_depth_pro_is_transformers_own_answer(tmp_path, torchvision):

@@ -18,12 +18,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from ._base import Answer, Contestant, NotRunnable, Query
+from ._base import Answer, Query
 
 LONGEST_EDGE = 1024  # px
 ARROW = 20  # px
@@ -137,19 +136,6 @@ def answers(
 def read(text: str, finished: bool = True) -> Answer:
     """The answer in a reply; one cut off at the token limit is "unparsable": its last number may lack digits."""
     return Answer(*parse_depth(text), text) if finished else Answer(math.nan, "unparsable", text)
-
-
-class Served(Contestant):
-    """A VLM that needs an environment of its own; it is measured as `openai:MODEL`, and its file says what it needs."""
-
-    dense = False
-    needs: ClassVar[str]
-
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        raise NotRunnable(
-            f"{self.title} cannot run in this environment: it needs {self.needs}. Serve it behind an OpenAI-compatible "
-            "endpoint in one of its own, set OPENAI_BASE_URL to that, and pass --model openai:MODEL"
-        )
 
 
 # Reading a reply

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, package
+from ._base import Contestant, Query, package
 
 
-class DepthAnything3(Contestant):
+class DepthAnything3(Contestant[list[Query]]):
     title = "Depth Anything 3"
     dense = True
     uses_intrinsics = True  # DA3METRIC; DA3NESTED does not
     batch_safe = False
-    deterministic = False
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         install = "pip install depth-anything-3, in an environment of its own (it wants numpy below 2)"
         with package("Depth Anything 3", install):
             from depth_anything_3.api import DepthAnything3
@@ -34,10 +33,10 @@ class DepthAnything3(Contestant):
         self.uses_intrinsics = self.model.model_name.startswith("da3metric")
         self.model.to(device).eval()
 
-    def maps(self, queries):
-        return [self.map(query) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(query) for query in prepared]
 
-    def map(self, query):
+    def map(self, query: Query) -> np.ndarray:
         depth = np.asarray(self.model.inference([query.image]).depth[0], np.float32)
         width, height = query.image.size
         if self.uses_intrinsics:

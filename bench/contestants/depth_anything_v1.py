@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, NotRunnable, package
+from ._base import Contestant, NotRunnable, Query, package
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "
@@ -20,11 +20,11 @@ SETUP = (
 )
 
 
-class DepthAnythingV1(Contestant):
+class DepthAnythingV1(Contestant[list[Query]]):
     title = "Depth Anything V1"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"Depth Anything V1's head is written for float32, not {dtype}; pass float32")
         path = Path(checkpoint).resolve()
@@ -54,10 +54,10 @@ class DepthAnythingV1(Contestant):
         self.model.to(device).eval()
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(np.array(query.image)) for query in prepared]
 
-    def map(self, rgb):
+    def map(self, rgb: np.ndarray) -> np.ndarray:
         image = torch.from_numpy(rgb).permute(2, 0, 1)[None].to(self.device) / 255
         depth = self.model(image)["metric_depth"]
         depth = F.interpolate(depth, size=rgb.shape[:2], mode="bilinear", align_corners=True)

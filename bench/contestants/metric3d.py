@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 
-from ._base import Contestant, NotRunnable
+from ._base import Contestant, NotRunnable, Query
 
 WEIGHTS = {  # of JUGGHM/Metric3D
     "metric3d_convnext_tiny": "convtiny_hourglass_v1.pth",
@@ -27,12 +27,12 @@ MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
-class Metric3D(Contestant):
+class Metric3D(Contestant[list[Query]]):
     title = "Metric3D"
     dense = True
     uses_intrinsics = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if checkpoint not in WEIGHTS:
             raise ValueError(f"unknown Metric3D model {checkpoint!r}; they are {', '.join(WEIGHTS)}")
         if dtype != "float32":
@@ -54,10 +54,10 @@ class Metric3D(Contestant):
         self.title, self.size = ("Metric3D v2", (616, 1064)) if vit else ("Metric3D", (544, 1216))
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image), query.intrinsics[0]) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(np.array(query.image), query.intrinsics[0]) for query in prepared]
 
-    def map(self, rgb, fx):
+    def map(self, rgb: np.ndarray, fx: float) -> np.ndarray:
         """rgb: (H, W, 3), uint8. fx: focal length in px of rgb. Returns (H, W), metres."""
         height, width = rgb.shape[:2]
         scale = min(self.size[0] / height, self.size[1] / width)

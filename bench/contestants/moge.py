@@ -8,14 +8,14 @@ infinity on the sky and what it finds unsure, is not applied: every scored point
 import numpy as np
 import torch
 
-from ._base import Contestant, package
+from ._base import Contestant, Query, package
 
 
-class MoGe(Contestant):
+class MoGe(Contestant[list[Query]]):
     title = "MoGe-2"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype == "bfloat16":
             raise ValueError("MoGe runs in float32 or float16, not bfloat16; pass one of them")
         with package("MoGe", "pip install git+https://github.com/microsoft/MoGe"):
@@ -26,10 +26,10 @@ class MoGe(Contestant):
         self.half = dtype == "float16"
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(np.array(query.image)) for query in prepared]
 
-    def map(self, rgb):
+    def map(self, rgb: np.ndarray) -> np.ndarray:
         image = torch.from_numpy(rgb).permute(2, 0, 1) / 255
         return self.model.infer(image, apply_mask=False, use_fp16=self.half)["depth"].float().numpy(force=True)
 

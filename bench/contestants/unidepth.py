@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from ._base import Contestant, package
+from ._base import Contestant, Query, package
 
 
-class UniDepth(Contestant):
+class UniDepth(Contestant[list[Query]]):
     title = "UniDepth"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
         with package("UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
@@ -32,10 +32,10 @@ class UniDepth(Contestant):
         self.model = getattr(models, name).from_pretrained(checkpoint).to(device).eval()
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(np.array(query.image)) for query in prepared]
 
-    def map(self, rgb):
+    def map(self, rgb: np.ndarray) -> np.ndarray:
         depth = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["depth"]
         return depth[0, 0].float().numpy(force=True)
 

@@ -7,14 +7,14 @@ It is not told the camera, which it predicts. Scored is z of its points, at the 
 import numpy as np
 import torch
 
-from ._base import Contestant, package
+from ._base import Contestant, Query, package
 
 
-class UniK3D(Contestant):
+class UniK3D(Contestant[list[Query]]):
     title = "UniK3D"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"UniK3D prepares its input as float32, not {dtype}; pass float32")
         with package("UniK3D", "pip install git+https://github.com/lpiccinelli-eth/UniK3D"):
@@ -22,10 +22,10 @@ class UniK3D(Contestant):
         self.model = UniK3D.from_pretrained(checkpoint).to(device).eval()
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(np.array(query.image)) for query in prepared]
 
-    def map(self, rgb):
+    def map(self, rgb: np.ndarray) -> np.ndarray:
         points = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["points"]
         return points[0, 2].float().numpy(force=True)
 
