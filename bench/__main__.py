@@ -169,7 +169,17 @@ def run_evaluate(args) -> int:
         for source, scored in summary["sources"].items():
             print_scores(source, scored["metrics"], f"{scored['points']} points, {scored['counts']}")
         print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
+        if failed := sum(scored["counts"].get("failed", 0) for scored in summary["sources"].values()):
+            print(f"{failed} requests failed, and the same command makes them again; the first: {first_failure(out)}")
     return 0
+
+
+def first_failure(out: Path) -> str:
+    """What the first request that failed ended with."""
+    import pandas
+
+    failed = pandas.read_parquet(out / "predictions.parquet", columns=["text"], filters=[("status", "==", "failed")])
+    return failed["text"].iloc[0]
 
 
 def print_scores(name: str, scores: dict, note: str) -> None:

@@ -11,7 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 from PIL import Image
+from test_evaluate import make_row, write_bench
 
+from bench.__main__ import main
 from bench.contestants import openai
 from bench.contestants._base import NotRunnable, Query
 from bench.contestants._prompt import PROMPT, mark
@@ -254,6 +256,18 @@ def test_without_the_client_it_says_how_to_install_it(monkeypatch, server):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(NotRunnable, match="pip install openai"):
         make()
+
+
+def test_evaluate_shows_why_requests_failed(server, tmp_path, capsys):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", 0, 3)])
+    server.replies = [(500, '{"detail": "CUDA out of memory"}')]
+    command = ["evaluate", "--model", "openai:gpt-toy", "--data", str(bench), "--out", str(tmp_path / "out"), "--yes"]
+    assert main([*command, "--requests-per-minute", "1000000"]) == 0
+    shown = capsys.readouterr().out
+    assert 'requests failed, and the same command makes them again; the first: HTTP 500: {"detail": "CUDA out' in shown
+    server.replies = [said("2.5 m")]
+    assert main([*command, "--requests-per-minute", "1000000"]) == 0
+    assert "failed" not in capsys.readouterr().out
 
 
 def test_requests_keep_to_the_rate(monkeypatch, server):

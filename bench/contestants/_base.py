@@ -21,12 +21,19 @@ class NotRunnable(ValueError):
 
 
 @contextmanager
-def package(title: str, install: str) -> Iterator[None]:
-    """Around the import of a package that only one contestant needs: its absence becomes NotRunnable."""
+def package(name: str, title: str, install: str) -> Iterator[None]:
+    """Around the import of the package `name`, which one contestant alone needs.
+
+    Raises NotRunnable, with the command that installs it, where it is missing and where it fails to import.
+    """
     try:
         yield
-    except ImportError as error:
-        raise NotRunnable(f"{title} is missing ({error}): {install}") from error
+    except Exception as error:  # an import runs the package's code, which may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise NotRunnable(f"{title} is not installed: {install}") from error
+        raise NotRunnable(
+            f"{title} is installed, but its import fails with {type(error).__name__}: {error}; it takes {install}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ class DepthAnything3(Contestant[list[Query]]):
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         install = "pip install depth-anything-3, in an environment of its own (it wants numpy below 2)"
-        with package("Depth Anything 3", install):
+        with package("depth_anything_3", "Depth Anything 3", install):
             from depth_anything_3.api import DepthAnything3
         self.model = DepthAnything3.from_pretrained(checkpoint)
         if not self.model.model_name.startswith(("da3metric", "da3nested")):

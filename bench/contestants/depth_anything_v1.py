@@ -16,7 +16,7 @@ from ._base import Contestant, NotRunnable, Query, package
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "
-    "depth_anything_vitl14.pth into its checkpoints/, and run with PYTHONPATH=Depth-Anything/metric_depth"
+    "depth_anything_vitl14.pth into metric_depth/checkpoints/, and run with PYTHONPATH=Depth-Anything/metric_depth"
 )
 
 
@@ -37,13 +37,13 @@ class DepthAnythingV1(Contestant[list[Query]]):
             raise ValueError(
                 f"{path.name} names neither indoor nor outdoor, which choose the head's settings; rename it"
             )
-        with package("Depth Anything V1's metric code", SETUP):
+        with package("zoedepth", "Depth Anything V1's metric code", SETUP):
             from zoedepth.models import builder
             from zoedepth.utils.config import get_config
         config = get_config("zoedepth", "eval", "nyu" if "indoor" in path.name else "kitti")
         config.pretrained_resource = f"local::{path}"
         folder = os.getcwd()
-        os.chdir(Path(builder.__file__).parents[2])  # it loads ../checkpoints and ../torchhub
+        os.chdir(Path(builder.__file__).parents[2])  # metric_depth: it reads ./checkpoints and ../torchhub
         try:
             self.model = builder.build_model(config)
         except OSError as error:

@@ -4,7 +4,7 @@
 torch.hub downloads and runs the code of github.com/YvanYin/Metric3D; choosing this contestant is the consent. Weights
 are read without unpickling. The model answers for a focal length of 1000 px: its depth times the focal length in px of
 the image as resized, / 1000, held within 0 and 300 m (the repository's hubconf.py). It has no metres without a camera.
-The repository's decoders make tables on "cuda" by name, so that on a CPU the first image may fail.
+The repository's decoders make their table of depths on "cuda" by name, so that it needs a CUDA GPU.
 """
 
 import warnings
@@ -37,12 +37,14 @@ class Metric3D(Contestant[list[Query]]):
             raise ValueError(f"unknown Metric3D model {checkpoint!r}; they are {', '.join(WEIGHTS)}")
         if dtype != "float32":
             raise ValueError(f"Metric3D's decoder mixes in float32, not {dtype}; pass float32")
+        if not torch.cuda.is_available():
+            raise NotRunnable("Metric3D's own code puts a table on 'cuda' by name; run it on a machine with a CUDA GPU")
         try:
             self.model = torch.hub.load("yvanyin/metric3d", checkpoint, pretrain=False, trust_repo=True)
         except (ImportError, OSError, RuntimeError) as error:
             raise NotRunnable(
-                f"torch.hub cannot make {checkpoint} ({error}): pip install mmengine timm torchvision, and let it "
-                "reach github.com/YvanYin/Metric3D once"
+                f"torch.hub cannot make {checkpoint} ({error}): pip install mmcv-lite mmengine timm torchvision, and let "
+                "it reach github.com/YvanYin/Metric3D once"
             ) from error
         weights = torch.load(hf_hub_download("JUGGHM/Metric3D", WEIGHTS[checkpoint]), "cpu", weights_only=True)
         missing, _ = self.model.load_state_dict(weights["model_state_dict"], strict=False)  # as hubconf.py does

@@ -18,7 +18,7 @@ class MoGe(Contestant[list[Query]]):
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype == "bfloat16":
             raise ValueError("MoGe runs in float32 or float16, not bfloat16; pass one of them")
-        with package("MoGe", "pip install git+https://github.com/microsoft/MoGe"):
+        with package("moge", "MoGe", "pip install git+https://github.com/microsoft/MoGe"):
             from moge.model.v2 import MoGeModel
         self.model = MoGeModel.from_pretrained(checkpoint).to(device).eval()
         if not hasattr(self.model, "scale_head"):

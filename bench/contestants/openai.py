@@ -64,7 +64,7 @@ class OpenAI(Contestant[list[Query]]):
         retries: int = 5,
         price_per_million: tuple[float, float] | None = None,
     ):
-        with package("The client of OpenAI-compatible endpoints", "pip install openai"):
+        with package("openai", "The client of OpenAI-compatible endpoints", "pip install openai"):
             from openai import DefaultHttpxClient
             from openai import OpenAI as Client
         self.title = self.model = checkpoint

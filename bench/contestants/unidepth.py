@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig
 
 from ._base import Contestant, Query, package
 
+XFORMERS = "pip install --no-deps xformers==0.0.28.post3, the last one with xformers.components"
+
 
 class UniDepth(Contestant[list[Query]]):
     title = "UniDepth"
@@ -19,7 +21,7 @@ class UniDepth(Contestant[list[Query]]):
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
-        with package("UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
+        with package("unidepth", "UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
             from unidepth import models
         config, _ = PreTrainedConfig.get_config_dict(checkpoint)  # of its own form: {"model": {"name": ...}, ...}
         name = config.get("model", {}).get("name")
@@ -28,6 +30,9 @@ class UniDepth(Contestant[list[Query]]):
                 f"the config.json of {checkpoint} names the model {name!r}, neither UniDepthV1 nor UniDepthV2; pass "
                 "lpiccinelli/unidepth-v2-vitl14 or another of theirs"
             )
+        if name == "UniDepthV1":
+            with package("xformers", "xformers, for UniDepth V1's attention,", XFORMERS):
+                from xformers.components.attention import NystromAttention  # noqa: F401
         self.title = f"UniDepth {name[-2:]}"
         self.model = getattr(models, name).from_pretrained(checkpoint).to(device).eval()
 

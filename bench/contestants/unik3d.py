@@ -17,7 +17,8 @@ class UniK3D(Contestant[list[Query]]):
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"UniK3D prepares its input as float32, not {dtype}; pass float32")
-        with package("UniK3D", "pip install git+https://github.com/lpiccinelli-eth/UniK3D"):
+        install = "pip install git+https://github.com/lpiccinelli-eth/UniK3D 'setuptools<81'"  # for pkg_resources
+        with package("unik3d", "UniK3D", install):
             from unik3d.models import UniK3D
         self.model = UniK3D.from_pretrained(checkpoint).to(device).eval()
 
