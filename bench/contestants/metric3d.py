@@ -43,8 +43,8 @@ class Metric3D(Contestant[list[Query]]):
             self.model = torch.hub.load("yvanyin/metric3d", checkpoint, pretrain=False, trust_repo=True)
         except (ImportError, OSError, RuntimeError) as error:
             raise NotRunnable(
-                f"torch.hub cannot make {checkpoint} ({error}): pip install mmcv-lite mmengine timm torchvision, and let "
-                "it reach github.com/YvanYin/Metric3D once"
+                f"torch.hub cannot make {checkpoint} ({error}): pip install mmcv-lite mmengine timm torchvision, and "
+                "let it reach github.com/YvanYin/Metric3D once"
             ) from error
         weights = torch.load(hf_hub_download("JUGGHM/Metric3D", WEIGHTS[checkpoint]), "cpu", weights_only=True)
         missing, _ = self.model.load_state_dict(weights["model_state_dict"], strict=False)  # as hubconf.py does
