@@ -124,7 +124,7 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
     parser.add_argument("--mode", choices=("points", "dense"), default="points", help="default: points")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/MODEL")
-    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images a call; default: 4")
+    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images per call; default: 4")
     parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")

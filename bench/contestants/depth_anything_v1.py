@@ -1,8 +1,9 @@
 """Depth Anything V1's metric models (Yang et al., "Depth Anything", CVPR 2024): its encoder under ZoeDepth's head.
 
 `depth_anything_v1:.../depth_anything_metric_depth_{indoor,outdoor}.pt`, the files of the authors' release. The code is
-in their research repository alone, which is no package and reads files relative to its own folder. One pass a photo;
-the authors' evaluation averages it with the mirrored photo's. (`LiheYoung/depth-anything-*-hf` is relative depth.)
+in their research repository alone, which is no package and reads files relative to its folder `metric_depth`. One pass
+per image; the authors' evaluation averages it with the mirrored image's. (`LiheYoung/depth-anything-*-hf` is relative
+depth.)
 """
 
 import os

@@ -4,7 +4,7 @@
 torch.hub downloads and runs the code of github.com/YvanYin/Metric3D; choosing this contestant is the consent. Weights
 are read without unpickling. The model answers for a focal length of 1000 px: its depth times the focal length in px of
 the image as resized, / 1000, held within 0 and 300 m (the repository's hubconf.py). It has no metres without a camera.
-The repository's decoders make their table of depths on "cuda" by name, so that it needs a CUDA GPU.
+The repository's decoders put tensors on "cuda" by name, so that it needs a CUDA GPU.
 """
 
 import warnings
@@ -38,7 +38,7 @@ class Metric3D(Contestant[list[Query]]):
         if dtype != "float32":
             raise ValueError(f"Metric3D's decoder mixes in float32, not {dtype}; pass float32")
         if not torch.cuda.is_available():
-            raise NotRunnable("Metric3D's own code puts a table on 'cuda' by name; run it on a machine with a CUDA GPU")
+            raise NotRunnable("Metric3D's code puts tensors on 'cuda' by name; run it on a machine with a CUDA GPU")
         try:
             self.model = torch.hub.load("yvanyin/metric3d", checkpoint, pretrain=False, trust_repo=True)
         except (ImportError, OSError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """MoGe-2 (Wang et al., "MoGe-2", 2025), through the authors' package: `moge:Ruicheng/moge-2-{vits,vitb,vitl}-normal`,
 `moge:Ruicheng/moge-2-vitl`.
 
-It is not told the camera, which it predicts, and answers z in metres at the image's own size. Its mask, which puts
-infinity on the sky and what it finds unsure, is not applied: every scored point is somewhere.
+It predicts the camera, and z in metres at the image's own size. Its mask, which puts infinity on the sky and wherever
+it is unsure, is not applied: every scored point has a depth.
 """
 
 import numpy as np

@@ -39,7 +39,7 @@ class OpenAI(Contestant[list[Query]]):
     """
     A model behind Chat Completions. Each point is a request with the marked image as PNG.
 
-    cache: folder of replies; a question found there is not asked again, so that a run that was stopped goes on.
+    cache: folder of replies; a question whose reply it holds is not asked again, so that a stopped run goes on.
     requests_per_minute: of this process, retries included. timeout: seconds without a byte from the server.
     retries: of a request that failed (408, 409, 429, 5xx, a lost or silent connection) or whose reply is no chat
     completion; after them its answer is "failed". price_per_million: of tokens read and written, for `estimate`.
@@ -115,9 +115,9 @@ class OpenAI(Contestant[list[Query]]):
         minutes = points / self.requests_per_minute
         read, written = (points * tokens / 1e6 for tokens in TOKENS)
         text = (
-            f"{points} requests to {self.model} about {images} images, less those answered before; "
-            f"at least {minutes:.0f} min at {self.requests_per_minute:g} a minute; about {read:.2f} M tokens read and "
-            f"{written:.2f} M written, at {TOKENS[0]} and {TOKENS[1]} a request; a reasoning model writes many more"
+            f"{points} requests to {self.model} about {images} images, less those answered before; at "
+            f"least {minutes:.0f} min at {self.requests_per_minute:g} per minute; about {read:.2f} M tokens read and "
+            f"{written:.2f} M written, at {TOKENS[0]} and {TOKENS[1]} per request; a reasoning model writes many more"
         )
         if self.price_per_million:
             cost = sum(tokens * price for tokens, price in zip((read, written), self.price_per_million, strict=True))
@@ -134,7 +134,7 @@ class OpenAI(Contestant[list[Query]]):
                 raise
 
     def ask(self, question: _prompt.Question) -> Answer:
-        """The answer to one question, from the cache if it is there."""
+        """The answer to one question, from the cache if it has one."""
         image, prompt = question
         facts = [self.served_at, self.model, prompt, list(image.size)]
         digest = hashlib.sha256(json.dumps(facts).encode() + image.tobytes()).hexdigest()

@@ -1,8 +1,8 @@
 """UniDepth V1 and V2 (Piccinelli et al., CVPR 2024; 2025), through the authors' package:
 `unidepth:lpiccinelli/unidepth-v1-{vitl14,cnvnxtl}`, `unidepth:lpiccinelli/unidepth-v2-{vits14,vitb14,vitl14}`.
 
-It is not told the camera, which it predicts. It answers z at the image's own size. V2 runs under float16 autocast on
-a GPU, whatever the dtype.
+It predicts the camera, and z in metres at the image's own size. V2 runs under float16 autocast on a GPU, whatever the
+dtype. V1's attention is that of an old xformers.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """UniK3D (Piccinelli et al., "UniK3D: Universal Camera Monocular 3D Estimation", CVPR 2025), through the authors'
 package: `unik3d:lpiccinelli/unik3d-{vits,vitb,vitl}`.
 
-It is not told the camera, which it predicts. Scored is z of its points, at the image's own size.
+It predicts the camera, and points at the image's own size, whose z is scored.
 """
 
 import numpy as np
