@@ -118,7 +118,11 @@ def describe_first(source: Source, split: str) -> str:
 
 
 def add_evaluate(commands) -> None:
-    parser = commands.add_parser("evaluate", help="score a model on built test rows; under accelerate launch too")
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model on built test rows; under accelerate launch too",
+        epilog="With --model NAME:CHECKPOINT, --help lists the options of that contestant too.",
+    )
     parser.add_argument("--model", required=True, metavar="NAME:CHECKPOINT", help="constant:2.0, or a checkpoint alone")
     parser.add_argument("--data", required=True, metavar="DIR_OR_ID", help="what `build` or `import` wrote")
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
@@ -130,7 +134,6 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
     parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
     parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")
-    parser.epilog = "With --model NAME:CHECKPOINT, --help lists what that contestant takes besides."
     parser.set_defaults(run=run_evaluate)
 
 
@@ -146,7 +149,7 @@ def add_contestant(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         parser.set_defaults(contestant=(name, checkpoint))
 
 
-def run_evaluate(args) -> int:
+def run_evaluate(args: argparse.Namespace) -> int:
     from . import contestants, evaluate, rows
 
     name, checkpoint = args.contestant
