@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.zoedepth import image_processing_pil_zoedepth
 
 from bench import contestants
-from bench.contestants import _depth_model, depth_pro
+from bench.contestants import _dense, depth_pro
 from bench.contestants._base import NotRunnable, Query
 
 NAMES = ("zoedepth", "depth_pro", "depth_anything_v2", "pipeline", "depth_anything_v1", "depth_anything_3", "unidepth")
@@ -253,7 +253,7 @@ class DepthProProcessor:
 def torchvision(monkeypatch):
     monkeypatch.setattr(depth_pro, "is_torchvision_available", lambda: True)
     loader = types.SimpleNamespace(from_pretrained=lambda checkpoint: DepthProProcessor())
-    monkeypatch.setattr(_depth_model, "AutoImageProcessor", loader)
+    monkeypatch.setattr(_dense, "AutoImageProcessor", loader)
 
 
 def test_depth_pro_is_transformers_own_answer(tmp_path, torchvision):

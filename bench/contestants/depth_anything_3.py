@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, Query, package
+from ._base import Query, package
+from ._dense import PerImage
 
 
-class DepthAnything3(Contestant[list[Query]]):
+class DepthAnything3(PerImage):
     title = "Depth Anything 3"
-    dense = True
     uses_intrinsics = True  # DA3METRIC; DA3NESTED does not
     batch_safe = False
 
@@ -32,9 +32,6 @@ class DepthAnything3(Contestant[list[Query]]):
             )
         self.uses_intrinsics = self.model.model_name.startswith("da3metric")
         self.model.to(device).eval()
-
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(query) for query in prepared]
 
     def map(self, query: Query) -> np.ndarray:
         depth = np.asarray(self.model.inference([query.image]).depth[0], np.float32)

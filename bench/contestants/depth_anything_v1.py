@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, NotRunnable, Query, package
+from ._base import NotRunnable, Query, package
+from ._dense import PerImage, to_tensor
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "
@@ -21,9 +21,8 @@ SETUP = (
 )
 
 
-class DepthAnythingV1(Contestant[list[Query]]):
+class DepthAnythingV1(PerImage):
     title = "Depth Anything V1"
-    dense = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
@@ -54,14 +53,9 @@ class DepthAnythingV1(Contestant[list[Query]]):
         self.device = device
         self.model.to(device).eval()
 
-    @torch.inference_mode()
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(np.array(query.image)) for query in prepared]
-
-    def map(self, rgb: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(rgb).permute(2, 0, 1)[None].to(self.device) / 255
-        depth = self.model(image)["metric_depth"]
-        depth = F.interpolate(depth, size=rgb.shape[:2], mode="bilinear", align_corners=True)
+    def map(self, query: Query) -> np.ndarray:
+        depth = self.model(to_tensor(query.image)[None].to(self.device) / 255)["metric_depth"]
+        depth = F.interpolate(depth, size=query.image.size[::-1], mode="bilinear", align_corners=True)
         return depth[0, 0].numpy(force=True)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
 from ._base import Query
-from ._depth_model import DepthModel
+from ._dense import DepthModel
 
 
 class DepthAnythingV2(DepthModel):

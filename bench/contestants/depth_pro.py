@@ -10,7 +10,7 @@ from transformers import DepthProConfig, DepthProForDepthEstimation
 from transformers.utils import is_torchvision_available
 
 from ._base import NotRunnable, Query
-from ._depth_model import DepthModel
+from ._dense import DepthModel
 
 
 class DepthPro(DepthModel):

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 
-from ._base import Contestant, NotRunnable, Query
+from ._base import NotRunnable, Query
+from ._dense import PerImage, to_tensor
 
 WEIGHTS = {  # of JUGGHM/Metric3D
     "metric3d_convnext_tiny": "convtiny_hourglass_v1.pth",
@@ -27,9 +28,8 @@ MEAN = torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)
 STD = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
 
 
-class Metric3D(Contestant[list[Query]]):
+class Metric3D(PerImage):
     title = "Metric3D"
-    dense = True
     uses_intrinsics = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
@@ -55,23 +55,18 @@ class Metric3D(Contestant[list[Query]]):
         vit = "vit" in checkpoint
         self.title, self.size = ("Metric3D v2", (616, 1064)) if vit else ("Metric3D", (544, 1216))
 
-    @torch.inference_mode()
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(np.array(query.image), query.intrinsics[0]) for query in prepared]
-
-    def map(self, rgb: np.ndarray, fx: float) -> np.ndarray:
-        """rgb: (H, W, 3), uint8. fx: focal length in px of rgb. Returns (H, W), metres."""
-        height, width = rgb.shape[:2]
+    def map(self, query: Query) -> np.ndarray:
+        width, height = query.image.size
         scale = min(self.size[0] / height, self.size[1] / width)
         rows, columns = int(height * scale), int(width * scale)
-        image = torch.from_numpy(rgb).permute(2, 0, 1)[None].float()
+        image = to_tensor(query.image)[None].float()
         image = (F.interpolate(image, size=(rows, columns), mode="bilinear") - MEAN) / STD
         top, left = (self.size[0] - rows) // 2, (self.size[1] - columns) // 2
         # zeros are the mean colour now
         image = F.pad(image, (left, self.size[1] - columns - left, top, self.size[0] - rows - top))
         depth, _, _ = self.model.inference({"input": image.to(self.device)})
         depth = depth.reshape(1, 1, *depth.shape[-2:])[..., top : top + rows, left : left + columns].float()
-        depth = F.interpolate(depth, size=(height, width), mode="bilinear") * (fx * scale / 1000)
+        depth = F.interpolate(depth, size=(height, width), mode="bilinear") * (query.intrinsics[0] * scale / 1000)
         return depth[0, 0].clamp(0, 300).numpy(force=True)
 
 

@@ -6,14 +6,13 @@ it is unsure, is not applied: every scored point has a depth.
 """
 
 import numpy as np
-import torch
 
-from ._base import Contestant, Query, package
+from ._base import Query, package
+from ._dense import PerImage, to_tensor
 
 
-class MoGe(Contestant[list[Query]]):
+class MoGe(PerImage):
     title = "MoGe-2"
-    dense = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype == "bfloat16":
@@ -25,13 +24,9 @@ class MoGe(Contestant[list[Query]]):
             raise ValueError(f"{checkpoint} has no metric scale; pass one of Ruicheng/moge-2-*")
         self.half = dtype == "float16"
 
-    @torch.inference_mode()
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(np.array(query.image)) for query in prepared]
-
-    def map(self, rgb: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(rgb).permute(2, 0, 1) / 255
-        return self.model.infer(image, apply_mask=False, use_fp16=self.half)["depth"].float().numpy(force=True)
+    def map(self, query: Query) -> np.ndarray:
+        output = self.model.infer(to_tensor(query.image) / 255, apply_mask=False, use_fp16=self.half)
+        return output["depth"].float().numpy(force=True)
 
 
 CONTESTANT = MoGe

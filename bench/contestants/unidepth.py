@@ -6,17 +6,16 @@ dtype. V1's attention is that of an old xformers.
 """
 
 import numpy as np
-import torch
 from transformers import PreTrainedConfig
 
-from ._base import Contestant, Query, package
+from ._base import Query, package
+from ._dense import PerImage, to_tensor
 
 XFORMERS = "pip install --no-deps xformers==0.0.28.post3, the last one with xformers.components"
 
 
-class UniDepth(Contestant[list[Query]]):
+class UniDepth(PerImage):
     title = "UniDepth"
-    dense = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
@@ -36,12 +35,8 @@ class UniDepth(Contestant[list[Query]]):
         self.title = f"UniDepth {name[-2:]}"
         self.model = getattr(models, name).from_pretrained(checkpoint).to(device).eval()
 
-    @torch.inference_mode()
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(np.array(query.image)) for query in prepared]
-
-    def map(self, rgb: np.ndarray) -> np.ndarray:
-        depth = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["depth"]
+    def map(self, query: Query) -> np.ndarray:
+        depth = self.model.infer(to_tensor(query.image))["depth"]
         return depth[0, 0].float().numpy(force=True)
 
 

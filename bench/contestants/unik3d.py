@@ -5,14 +5,13 @@ It predicts the camera, and points at the image's own size, whose z is scored.
 """
 
 import numpy as np
-import torch
 
-from ._base import Contestant, Query, package
+from ._base import Query, package
+from ._dense import PerImage, to_tensor
 
 
-class UniK3D(Contestant[list[Query]]):
+class UniK3D(PerImage):
     title = "UniK3D"
-    dense = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
@@ -22,12 +21,8 @@ class UniK3D(Contestant[list[Query]]):
             from unik3d.models import UniK3D
         self.model = UniK3D.from_pretrained(checkpoint).to(device).eval()
 
-    @torch.inference_mode()
-    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
-        return [self.map(np.array(query.image)) for query in prepared]
-
-    def map(self, rgb: np.ndarray) -> np.ndarray:
-        points = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["points"]
+    def map(self, query: Query) -> np.ndarray:
+        points = self.model.infer(to_tensor(query.image))["points"]
         return points[0, 2].float().numpy(force=True)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import ZoeDepthForDepthEstimation
 
 from ._base import Query
-from ._depth_model import DepthModel
+from ._dense import DepthModel
 
 
 class ZoeDepth(DepthModel):

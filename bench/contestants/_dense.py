@@ -1,10 +1,32 @@
-"""Metric depth models of transformers."""
+"""What contestants with maps share."""
 
 from typing import ClassVar
 
+import numpy as np
+import torch
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from ._base import Contestant, Query
+
+
+class PerImage(Contestant[list[Query]]):
+    """A contestant whose model takes one image at a time. Subclasses override `map`."""
+
+    dense = True
+
+    @torch.inference_mode()
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(query) for query in prepared]
+
+    def map(self, query: Query) -> np.ndarray:
+        """(H, W) float32, metres at the image's own size."""
+        raise NotImplementedError
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) uint8 of an RGB image."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class DepthModel(Contestant[list[Query]]):
