@@ -140,41 +140,51 @@ def describe_frame(source: Source, split: str) -> str:
 
 
 def add_evaluate(commands) -> None:
-    parser = commands.add_parser("evaluate", help="score a model on built test rows; under accelerate launch too")
+    parser = commands.add_parser(
+        "evaluate",
+        help="score a model on built test rows; under accelerate launch too",
+        epilog="With --model NAME:CHECKPOINT, --help lists the options of that contestant too.",
+    )
     parser.add_argument("--model", required=True, metavar="NAME:CHECKPOINT", help="constant:2.0, or a checkpoint alone")
     parser.add_argument("--data", required=True, metavar="DIR_OR_ID", help="what `build` or `import` wrote")
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
     parser.add_argument("--mode", choices=("points", "dense"), default="points", help="default: points")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/MODEL")
-    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images a call; default: 4")
+    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images per call; default: 4")
     parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
     parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
-    asked = parser.add_argument_group("openai:MODEL, any compatible endpoint (key: OPENAI_API_KEY)")
-    asked.add_argument("--requests-per-minute", type=positive, default=60, metavar="N", help="of each process")
-    asked.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="of a million tokens")
-    asked.add_argument("--yes", action="store_true", help="ask; without it, only the estimate is printed")
+    parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")
     parser.set_defaults(run=run_evaluate)
 
 
-def run_evaluate(args) -> int:
+def add_contestant(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Add the options of the contestant that --model names; importing all contestants would take seconds."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", nargs="?")
+    if model := first.parse_known_args(argv)[0].model:
+        from . import contestants, evaluate
+
+        name, checkpoint = evaluate.find_contestant(model)
+        contestants.get(name).add_arguments(parser)
+        parser.set_defaults(contestant=(name, checkpoint))
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
     from . import contestants, evaluate, rows
 
-    name, checkpoint = evaluate.find_contestant(args.model)
+    name, checkpoint = args.contestant
     sources = tuple(rows.open_sources(args.data, args.sources))
     asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
     title = re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.") or Path(args.model).resolve().name  # of "." too
     out = args.out or Path("results") / title
-    state, settings = evaluate.processes(), {}
-    if name == "openai":
-        settings = {"cache": out / "replies", "requests_per_minute": args.requests_per_minute}
-        settings["price_per_million"] = args.price
+    state = evaluate.processes()
     with state.local_main_process_first():  # it downloads, the others find what it has left
-        contestant = contestants.get(name)(checkpoint, device=str(state.device), dtype=args.dtype, **settings)
-    if name == "openai" and state.is_main_process:
+        contestant = contestants.get(name).from_arguments(checkpoint, args, out, str(state.device))
+    if contestant.paid and state.is_main_process:
         print(contestant.estimate(*evaluate.size(asked)))
-    if name == "openai" and not args.yes:
+    if contestant.paid and not args.yes:
         print("nothing was asked; add --yes to ask, --max-points N to ask less")
         return 0
     if args.save_marked and state.is_main_process:
@@ -184,7 +194,17 @@ def run_evaluate(args) -> int:
         for source, scored in summary["sources"].items():
             print_scores(source, scored["metrics"], f"{scored['points']} points, {scored['counts']}")
         print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
+        if failed := sum(scored["counts"].get("failed", 0) for scored in summary["sources"].values()):
+            print(f"{failed} requests failed, and the same command makes them again; the first: {first_failure(out)}")
     return 0
+
+
+def first_failure(out: Path) -> str:
+    """What the first request that failed ended with."""
+    import pandas
+
+    failed = pandas.read_parquet(out / "predictions.parquet", columns=["text"], filters=[("status", "==", "failed")])
+    return failed["text"].iloc[0]
 
 
 def print_scores(name: str, scores: dict, note: str) -> None:
@@ -211,8 +231,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_sources, add_check, add_build, add_import, add_evaluate, add_report, add_ablate, add_retention):
         add(commands)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["evaluate"]:
+            add_contestant(commands.choices["evaluate"], argv[1:])
+        args = parser.parse_args(argv)
         return args.run(args)
     except KeyboardInterrupt:
         print("\ninterrupted; finished shards are kept, the same command goes on from them", file=sys.stderr)

@@ -116,7 +116,8 @@ def find_contestant(model: str) -> tuple[str, str]:
     except OSError as error:
         raise ValueError(
             f"--model {model!r} is neither NAME:CHECKPOINT with a NAME of {', '.join(contestants.names())} nor a "
-            f"checkpoint whose config.json can be read: {error}"
+            f"checkpoint whose config.json can be read ({error}); a VLM that needs an environment of its own is served "
+            "there and passed as openai:MODEL, see the table of bench/README.md"
         ) from error
     kind = "depthvlm" if "depth_head_type" in config else config.get("model_type")
     for name in contestants.names():

@@ -16,8 +16,7 @@ from torch import nn
 from transformers.models.zoedepth import image_processing_pil_zoedepth
 
 from bench import contestants
-from bench.contestants import _base as contestant
-from bench.contestants import depth_pro
+from bench.contestants import _dense, depth_pro
 from bench.contestants._base import NotRunnable, Query
 
 NAMES = ("zoedepth", "depth_pro", "depth_anything_v2", "pipeline", "depth_anything_v1", "depth_anything_3", "unidepth")
@@ -151,7 +150,6 @@ def test_every_contestant_declares_its_conventions(name):
     assert contestant.dense and contestant.quantity == "z"
     assert contestant.uses_intrinsics == (name in ("metric3d", "depth_anything_3"))
     assert contestant.batch_safe == (name not in ("zoedepth", "depth_anything_3"))
-    assert contestant.deterministic == (name != "depth_anything_3")
 
 
 # Depth Anything V2
@@ -255,7 +253,7 @@ class DepthProProcessor:
 def torchvision(monkeypatch):
     monkeypatch.setattr(depth_pro, "is_torchvision_available", lambda: True)
     loader = types.SimpleNamespace(from_pretrained=lambda checkpoint: DepthProProcessor())
-    monkeypatch.setattr(contestant, "AutoImageProcessor", loader)
+    monkeypatch.setattr(_dense, "AutoImageProcessor", loader)
 
 
 def test_depth_pro_is_transformers_own_answer(tmp_path, torchvision):
@@ -383,6 +381,22 @@ def test_a_missing_package_is_named(monkeypatch, name):
         make(name, checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import pkg_resources_that_is_gone", "ModuleNotFoundError: No module named 'pkg_resources_that_is_gone'"),
+        ("from json import loadz", "ImportError: cannot import name 'loadz' from 'json'"),
+        ("raise RuntimeError('operator torchvision::nms does not exist')", "RuntimeError: operator torchvision::nms"),
+    ],
+)
+def test_a_package_that_fails_to_import_is_not_called_missing(monkeypatch, tmp_path, code, said):
+    (tmp_path / "unik3d").mkdir()
+    (tmp_path / "unik3d" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NotRunnable, match=f"UniK3D is installed, but its import fails with {said}.*setuptools<81"):
+        make("unik3d", "lpiccinelli/unik3d-vitl")
+
+
 @pytest.mark.parametrize("name", ["unidepth", "unik3d", "moge", "metric3d", "depth_anything_v1"])
 def test_a_precision_that_a_package_has_not_is_refused(name):
     checkpoint = {"metric3d": "metric3d_vit_small"}.get(name, PACKAGES.get(name, ("", ""))[1])
@@ -435,6 +449,7 @@ def test_unidepth_answers_z_without_being_told_the_camera(monkeypatch, tmp_path,
             return UniDepthV1.infer(self, rgb, camera)
 
     stand_in(monkeypatch, "unidepth.models", UniDepthV1=UniDepthV1, UniDepthV2=UniDepthV2)
+    stand_in(monkeypatch, "xformers.components.attention", NystromAttention=None)
     config = {"data": {}, "model": {"name": f"UniDepth{version}", "num_heads": 8}}  # as their config.json
     (tmp_path / "config.json").write_text(json.dumps(config))
     contestant = make("unidepth", tmp_path)
@@ -444,6 +459,14 @@ def test_unidepth_answers_z_without_being_told_the_camera(monkeypatch, tmp_path,
         np.testing.assert_array_equal(answer, np.array(one.image)[..., 0])
     (tmp_path / "config.json").write_text('{"model": {"name": "UniK3D"}}')
     with pytest.raises(ValueError, match="names the model 'UniK3D', neither UniDepthV1 nor UniDepthV2"):
+        make("unidepth", tmp_path)
+
+
+def test_unidepth_v1_names_the_xformers_that_it_needs_before_it_is_loaded(monkeypatch, tmp_path):
+    stand_in(monkeypatch, "unidepth.models")  # without the class: reading weights would be another error
+    stand_in(monkeypatch, "xformers")  # 0.0.29 and later have no xformers.components
+    (tmp_path / "config.json").write_text('{"model": {"name": "UniDepthV1"}}')
+    with pytest.raises(NotRunnable, match="No module named 'xformers.components'.*xformers==0.0.28.post3"):
         make("unidepth", tmp_path)
 
 
@@ -513,6 +536,7 @@ def metric3d_hub(monkeypatch, tmp_path):
         return tmp_path / filename
 
     monkeypatch.setattr(torch.hub, "load", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(contestants.metric3d, "hf_hub_download", download)
 
 
@@ -541,7 +565,11 @@ def test_metric3d_says_what_it_lacks(monkeypatch):
         raise RuntimeError("Missing dependencies: torchvision")
 
     monkeypatch.setattr(torch.hub, "load", load)
-    with pytest.raises(NotRunnable, match="pip install mmengine"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotRunnable, match="machine with a CUDA GPU"):
+        make("metric3d", "metric3d_vit_small")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(NotRunnable, match="pip install mmcv-lite mmengine"):
         make("metric3d", "metric3d_vit_small")
     with pytest.raises(ValueError, match="unknown Metric3D model 'vit'; they are metric3d_convnext_tiny"):
         make("metric3d", "vit")
@@ -558,7 +586,7 @@ def test_depth_anything_v1_runs_in_its_repository_and_comes_back(monkeypatch, tm
     def build_model(config):
         assert config.pretrained_resource == f"local::{checkpoint}" and config.dataset == dataset
         assert Path("zoedepth").is_dir()
-        Path("../checkpoints/depth_anything_vitl14.pth").open().close()
+        Path("./checkpoints/depth_anything_vitl14.pth").open().close()
         return ZoeDepth()
 
     folder = tmp_path / "Depth-Anything" / "metric_depth"
@@ -575,11 +603,11 @@ def test_depth_anything_v1_runs_in_its_repository_and_comes_back(monkeypatch, tm
     builder = {"build_model": build_model, "__file__": str(folder / "zoedepth" / "models" / "builder.py")}
     stand_in(monkeypatch, "zoedepth.models.builder", **builder)
     home = Path.cwd()
-    with pytest.raises(NotRunnable, match="lacks a file .*depth_anything_vitl14.pth"):
+    with pytest.raises(NotRunnable, match="lacks a file .*depth_anything_vitl14.pth into metric_depth/checkpoints/"):
         make("depth_anything_v1", checkpoint)
     assert Path.cwd() == home
-    (folder.parent / "checkpoints").mkdir()
-    (folder.parent / "checkpoints" / "depth_anything_vitl14.pth").touch()
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "depth_anything_vitl14.pth").touch()
     (answer,) = make("depth_anything_v1", checkpoint).maps([query(photo(61, 40))])
     assert Path.cwd() == home and answer.shape == (40, 61) and answer.dtype == np.float32
     np.testing.assert_allclose(answer, np.tile(np.linspace(1, 5, 61), (40, 1)), rtol=1e-5)

@@ -545,6 +545,23 @@ def test_a_model_without_metric_depth_is_refused(tmp_path, bench, capsys):
     assert "is a 'bert' model, which no contestant takes by itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["spatialrgpt", "cambrian_s", "youtu_vl", "spacellava"])
+def test_a_model_of_another_environment_is_sent_to_an_endpoint(bench, capsys, name):
+    assert main(["evaluate", "--model", f"{name}:checkpoint", "--data", str(bench)]) == 2
+    assert "is served there and passed as openai:MODEL, see the table of bench/README.md" in capsys.readouterr().err
+
+
+def test_options_are_of_the_contestant_that_is_named(bench, capsys):
+    command = ["evaluate", "--data", str(bench), "--price", "2", "10", "--model"]
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "constant:2"])
+    assert "unrecognized arguments: --price 2 10" in capsys.readouterr().err
+    for model, listed in (("openai:some", True), ("constant:2", False)):
+        with pytest.raises(SystemExit, match="0"):
+            main([*command, model, "--help"])
+        assert ("--requests-per-minute" in capsys.readouterr().out) is listed
+
+
 def test_no_benchmark_is_refused(tmp_path, capsys):
     assert main(["evaluate", "--model", "constant:2", "--data", str(tmp_path)]) == 2
     assert "is no built benchmark" in capsys.readouterr().err

@@ -1,18 +1,19 @@
 """The contestant behind an OpenAI-compatible endpoint, against a local server: good, bad and missing replies."""
 
 import base64
-import http.client
 import io
 import json
 import math
+import sys
 import threading
-import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_evaluate import make_row, write_bench
 
+from bench.__main__ import main
 from bench.contestants import openai
 from bench.contestants._base import NotRunnable, Query
 from bench.contestants._prompt import PROMPT, mark
@@ -35,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
-            self.server.requests.append((self.path, dict(self.headers), body))
+            self.server.requests.append((self.path, self.headers, body))
             replies = self.server.replies
             reply = replies.pop(0) if len(replies) > 1 else replies[0]
         if reply == "hang":
@@ -43,9 +44,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, text, *headers = reply
         self.send_response(status)
-        for name, value in headers:
+        for name, value in ({"Content-Length": str(len(text.encode()))} | dict(headers)).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
 
@@ -62,7 +62,7 @@ def said(text, finish_reason="stop", **message):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(openai, "BACKOFF", 0.01)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
@@ -147,19 +147,35 @@ def test_what_every_request_would_meet_ends_the_run_and_shows_no_key(server, rep
     assert KEY not in str(caught.value) and len(server.requests) == 1
 
 
-def test_the_key_is_not_taken_to_another_host(server):
+@pytest.fixture
+def other():
+    """Another host's server, which nothing should reach."""
     other = Server()
     threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     other.replies = [said("2.5 m")]
-    server.replies = [(302, "", ("Location", f"http://127.0.0.1:{other.server_port}/v1/chat/completions"))]
-    with pytest.raises(NotRunnable, match="302"):
-        make().answers([query()])
-    assert not other.requests
+    yield other
     other.shutdown()
     other.server_close()
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_is_not_taken_to_another_host(server, other, status):
+    server.replies = [(status, "", ("Location", f"http://127.0.0.1:{other.server_port}/v1/chat/completions"))]
+    with pytest.raises(NotRunnable, match=str(status)):
+        make().answers([query()])
+    assert not other.requests and len(server.requests) == 1
+
+
+def test_a_proxy_does_not_read_the_key_of_a_plain_http_request(server, other, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{other.server_port}")
+    server.replies = [said("2.5 m")]
+    assert only(make()).depth == 2.5
+    assert not other.requests and len(server.requests) == 1
+
+
 def test_a_second_run_asks_nothing_and_the_key_is_in_no_file(server, tmp_path, caplog, capfd):
+    caplog.set_level("DEBUG")
     server.replies = [said("2.5 m"), said("3-4 meters"), said("", refusal=f"no, {KEY}"), (500, KEY)]
     queries = [query([(40, 30)]), query([(50, 20)]), query([(1, 1), (60, 40)]), query([(30, 30)], seed=1)]
     first = [make(cache=tmp_path, retries=0).answers([each]) for each in queries]
@@ -217,13 +233,41 @@ def test_after_an_error_nothing_more_is_asked(server):
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), TimeoutError(), ConnectionResetError()])
-def test_an_error_whose_body_breaks_off_is_still_that_error(error):
-    class Broken(io.BytesIO):
-        def read(self, *size):
-            raise error
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_reply_that_breaks_off_is_asked_for_again(server, status):
+    server.replies = [(status, "half", ("Content-Length", "1000")), said("2.5 m")]
+    assert only(make()).depth == 2.5 and len(server.requests) == 2
+    server.replies = [(status, "half", ("Content-Length", "1000"))]
+    assert only(make()).status == "failed"
 
-    assert openai.read_error(urllib.error.HTTPError("http://host", 503, "busy", {}, Broken())) == b""
+
+def test_retry_after_is_kept_to_and_retries_take_their_turn(server, monkeypatch):
+    backoff, turns = [], []
+    monkeypatch.setattr("openai._base_client.time.sleep", backoff.append)
+    contestant = make(requests_per_minute=30)
+    monkeypatch.setattr(contestant, "sleep", turns.append)
+    server.replies = [(429, "{}", ("Retry-After", "7")), (503, "{}"), said("2.5 m")]
+    assert only(contestant).depth == 2.5
+    assert backoff[0] == 7 and backoff[1] < 1
+    assert turns == pytest.approx([0, 2, 4], abs=0.5)
+
+
+def test_without_the_client_it_says_how_to_install_it(monkeypatch, server):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(NotRunnable, match="pip install openai"):
+        make()
+
+
+def test_evaluate_shows_why_requests_failed(server, tmp_path, capsys):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", 0, 3)])
+    server.replies = [(500, '{"detail": "CUDA out of memory"}')]
+    command = ["evaluate", "--model", "openai:gpt-toy", "--data", str(bench), "--out", str(tmp_path / "out"), "--yes"]
+    assert main([*command, "--requests-per-minute", "1000000"]) == 0
+    shown = capsys.readouterr().out
+    assert 'requests failed, and the same command makes them again; the first: HTTP 500: {"detail": "CUDA out' in shown
+    server.replies = [said("2.5 m")]
+    assert main([*command, "--requests-per-minute", "1000000"]) == 0
+    assert "failed" not in capsys.readouterr().out
 
 
 def test_requests_keep_to_the_rate(monkeypatch, server):

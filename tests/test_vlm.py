@@ -11,7 +11,6 @@ from PIL import Image
 from tiny import TEXT, VISION
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from bench import contestants
 from bench.contestants import depthlm, vlm3
 from bench.contestants import vlm as contestant
 from bench.contestants._base import NotRunnable, Query
@@ -402,9 +401,3 @@ def test_vlm3_names_the_pixel_as_its_sample_data_does():
     for (_, prompt), (u, v) in zip(asked, named, strict=True):
         assert f"coordinates ({u}, {v}) from" in prompt
     assert vlm3.CONTESTANT.quantity == "ray" and vlm3.CONTESTANT.uses_intrinsics
-
-
-@pytest.mark.parametrize("name", ["spatialrgpt", "cambrian_s", "youtu_vl", "spacellava"])
-def test_what_needs_another_environment_says_how(name):
-    with pytest.raises(NotRunnable, match="OPENAI_BASE_URL"):
-        contestants.get(name)("checkpoint")

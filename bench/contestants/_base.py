@@ -1,16 +1,19 @@
-"""What every contestant of `python -m bench evaluate` shares: what it is shown, and what it may answer.
+"""What every contestant of `python -m bench evaluate` shares: what it is given, and what it may answer.
 
 Pixels: (u, v) of the stored image, the first pixel's centre at (0, 0), as everywhere here (see sources/_base.py).
 """
 
+import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
+
+Prepared = TypeVar("Prepared")  # what a contestant makes of a batch of queries before it runs
 
 
 class NotRunnable(ValueError):
@@ -18,12 +21,19 @@ class NotRunnable(ValueError):
 
 
 @contextmanager
-def package(title: str, install: str) -> Iterator[None]:
-    """Around the import of a package that only one contestant needs: its absence becomes NotRunnable."""
+def package(name: str, title: str, install: str) -> Iterator[None]:
+    """Around the import of the package `name`, which one contestant alone needs.
+
+    Raises NotRunnable, with the command that installs it, where it is missing and where it fails to import.
+    """
     try:
         yield
-    except ImportError as error:
-        raise NotRunnable(f"{title} is missing ({error}): {install}") from error
+    except Exception as error:  # an import runs the package's code, which may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise NotRunnable(f"{title} is not installed: {install}") from error
+        raise NotRunnable(
+            f"{title} is installed, but its import fails with {type(error).__name__}: {error}; it takes {install}"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +52,11 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A contestant's word on one point.
+    """A contestant's answer about one point.
 
     depth: metres, in the contestant's own `quantity`; NaN where it gave none. status: "ok", or why there is no depth:
     "invalid" (its own invalid marker, or not above 0), "refused", "unparsable", "unmarkable", "failed" (a request that
-    never succeeded). text: the reply in words, "" where there was none.
+    never succeeded). text: the reply, or the error of a request that failed; "" where there was neither.
     """
 
     depth: float
@@ -54,57 +64,49 @@ class Answer:
     text: str = ""
 
 
-class Contestant:
+class Contestant(Generic[Prepared]):
     """A model under test. A module `bench/contestants/NAME.py` holds one subclass and names it `CONTESTANT`.
 
-    `--model NAME:CHECKPOINT` makes `CONTESTANT(CHECKPOINT, device=..., dtype=...)`, which loads it at once: what is
-    missing is said before the data is read. Subclasses override `maps` if they are `dense`, else `answers`.
+    `--model NAME:CHECKPOINT` makes `CONTESTANT(CHECKPOINT, device=..., dtype=...)`, which loads the model: what is
+    missing is reported before any data is read. Subclasses override `maps` if they are `dense`, else `answers`.
     """
 
     title: ClassVar[str]  # as tables name it
     dense: ClassVar[bool]  # whether it gives maps; otherwise it is asked point by point
     quantity: ClassVar[str] = "z"  # or "ray": Euclidean distance to the camera; the scorer converts it
-    uses_intrinsics: ClassVar[bool] = False  # whether it is told the camera, so that tables can say so
+    uses_intrinsics: ClassVar[bool] = False  # whether it is given the camera, so that tables can say so
     batch_safe: ClassVar[bool] = True  # False: an image's result depends on its batch, so it is run alone
-    deterministic: ClassVar[bool] = True
+    paid: ClassVar[bool] = False  # whether each answer may cost money: `estimate` is shown, and --yes needed to go on
     served_at: str = ""  # the address that its answers come from, if it is not run here
     model_types: ClassVar[tuple[str, ...]] = ()  # of config.json, for `--model CHECKPOINT` without NAME
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         raise NotImplementedError
 
-    def prepare(self, queries: list[Query]):
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the options of `evaluate` that this contestant alone has."""
+
+    @classmethod
+    def from_arguments(cls, checkpoint: str, args: argparse.Namespace, out: Path, device: str) -> "Contestant":
+        """The contestant that the command line describes. out: folder of the run's results."""
+        return cls(checkpoint, device=device, dtype=args.dtype)
+
+    def estimate(self, images: int, points: int) -> str:
+        """What asking about `points` points of `images` images costs, in words; for a contestant that is `paid`."""
+        raise NotImplementedError
+
+    def prepare(self, queries: list[Query]) -> Prepared:
         """What `maps` or `answers` is given: the queries, or what can be made of them while the batch before is run.
 
         It is called in another thread, one batch ahead.
         """
         return queries
 
-    def maps(self, queries: list[Query]) -> list[np.ndarray]:
-        """One (H, W) float32 a query, metres at the image's own size; not finite or <= 0 where it knows none."""
+    def maps(self, prepared: Prepared) -> list[np.ndarray]:
+        """One (H, W) float32 per query, metres at the image's own size; not finite or <= 0 where it knows none."""
         raise NotImplementedError
 
-    def answers(self, queries: list[Query]) -> list[list[Answer]]:
-        """One `Answer` for each of each query's points."""
+    def answers(self, prepared: Prepared) -> list[list[Answer]]:
+        """One `Answer` per point of each query."""
         raise NotImplementedError
-
-
-class DepthModel(Contestant):
-    """A metric depth model of transformers: `model_class`, whose config is checked before its weights are read."""
-
-    dense = True
-    model_class: ClassVar[type]
-
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        config = AutoConfig.from_pretrained(checkpoint)
-        if config.model_type not in self.model_types:
-            raise ValueError(
-                f"{checkpoint} is a {config.model_type!r} model, not {self.title}; try pipeline:{checkpoint}"
-            )
-        self.check(checkpoint, config)
-        self.processor = AutoImageProcessor.from_pretrained(checkpoint)
-        self.model = self.model_class.from_pretrained(checkpoint, dtype=dtype, use_safetensors=True)
-        self.model.to(device).eval()
-
-    def check(self, checkpoint: str, config) -> None:
-        """Raise ValueError for a checkpoint without metres, NotRunnable for what is not installed."""

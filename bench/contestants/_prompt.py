@@ -1,6 +1,6 @@
 """Depth asked of a vision-language model in words, one point at a time (the paper's appendix B, after DepthLM).
 
-What the paper fixes: one image and one point a question; an image whose longest edge is above 1024 px is first
+What the paper fixes: one image and one point per question; an image whose longest edge is above 1024 px is first
 downscaled to it, a smaller one stays as it is; a red arrow of 20 px marks the point; depth is along the optical axis,
 in metres. What it leaves open is decided here:
 - filter: Pillow's bicubic, which averages when it shrinks; sizes are rounded.
@@ -8,7 +8,7 @@ in metres. What it leaves open is decided here:
 - arrow: DepthLM's shape with its length as the size: strokes of one pixel, (255, 0, 0), no antialiasing.
 - border: an arrow that would leave the image comes from another side; where none fits, within half its size of a
   corner, the answer is "unmarkable" and counts as wrong.
-- prompt: `PROMPT`; the paper does not print its own.
+- prompt: `PROMPT`; the paper does not print the one it used.
 - reply: `parse_depth`, which never guesses.
 """
 
@@ -18,12 +18,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from ._base import Answer, Contestant, NotRunnable, Query
+from ._base import Answer, Query
 
 LONGEST_EDGE = 1024  # px
 ARROW = 20  # px
@@ -73,7 +72,7 @@ def mark(image: Image.Image, pixel: tuple[int, int], size: int = ARROW) -> Image
     A copy of an RGB image with a red arrow whose tip is beside `pixel` (column, row), which itself stays unpainted.
 
     The arrow comes from the left, or from the first side where it lies inside the image: right, above, below. None
-    where there is no such side.
+    where no side fits.
     """
     along, across = arrow_pixels(size).T
     for offsets in ((along, across), (-along, across), (across, along), (across, -along)):
@@ -139,19 +138,6 @@ def read(text: str, finished: bool = True) -> Answer:
     return Answer(*parse_depth(text), text) if finished else Answer(math.nan, "unparsable", text)
 
 
-class Served(Contestant):
-    """A VLM that needs an environment of its own; it is measured as `openai:MODEL`, and its file says what it needs."""
-
-    dense = False
-    needs: ClassVar[str]
-
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
-        raise NotRunnable(
-            f"{self.title} cannot run in this environment: it needs {self.needs}. Serve it behind an OpenAI-compatible "
-            "endpoint in one of its own, set OPENAI_BASE_URL to that, and pass --model openai:MODEL"
-        )
-
-
 # Reading a reply
 
 METRES = {"km": 1000.0, "m": 1.0, "cm": 0.01, "mm": 0.001, "ft": 0.3048, "in": 0.0254}
@@ -210,12 +196,12 @@ def parse_depth(text: str) -> tuple[float, str]:
     text = re.sub(r"\*\*|[`$]|\\[,; ]", "", text)
     marked = find_marked(text)
     statement = text if marked is None else marked
-    found = parse_statement(statement)
-    if REFUSAL.search(statement) and (marked is None or found is None):
+    depth = parse_statement(statement)
+    if REFUSAL.search(statement) and (marked is None or depth is None):
         return math.nan, "refused"
-    if found is None:
+    if depth is None:
         return math.nan, "unparsable"
-    return (found, "ok") if 0 < found < math.inf else (math.nan, "invalid")
+    return (depth, "ok") if 0 < depth < math.inf else (math.nan, "invalid")
 
 
 def find_marked(text: str) -> str | None:
@@ -239,9 +225,9 @@ def find_marked(text: str) -> str | None:
 
 
 def parse_statement(text: str) -> float | None:
-    """The one number of a text in small letters, in metres; None where there is none, or no single one."""
+    """The one number of a text in small letters, in metres; None where it has none, or several."""
     text = re.sub(r"""(["'])([^"']*)\1""", r"\2", re.sub(r"</?[a-z]+>", " ", text))
-    found, bare = set(), set()
+    lengths, bare = set(), set()  # numbers with a unit, and without
     numbers = list(NUMBER.finditer(text))
     for number, following in zip_longest(numbers, numbers[1:]):
         value = parse_number(number["digits"])
@@ -253,12 +239,12 @@ def parse_statement(text: str) -> float | None:
         value = -value if number["sign"] in ("-", "−", "–") else value
         bounded = BOUND.search(text[max(0, number.start() - 40) : number.start()]) or BOUND_BEHIND.match(text, end)
         if unit:
-            found.add(None if bounded else round(value * METRES[unit.lastgroup], 9))  # 35 cm is 0.35 m
+            lengths.add(None if bounded else round(value * METRES[unit.lastgroup], 9))  # 35 cm is 0.35 m
         else:
             bare.add(value if BARE_END.match(text, number.end()) and not bounded else None)
-    if not found and not OTHER_UNIT.search(text):
-        found = bare
-    return found.pop() if len(found) == 1 else None
+    if not lengths and not OTHER_UNIT.search(text):
+        lengths = bare
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def parse_number(digits: str) -> float | None:

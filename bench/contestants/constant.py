@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from ._base import Contestant
+from ._base import Contestant, Query
 
 
-class Constant(Contestant):
+class Constant(Contestant[list[Query]]):
     title = "Constant"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         try:
             self.depth = float(checkpoint)
         except ValueError:
@@ -18,8 +18,8 @@ class Constant(Contestant):
             raise ValueError(f"constant:{checkpoint} is no depth; write metres above 0, as in constant:2.0")
         self.title = f"Always {self.depth:g} m"
 
-    def maps(self, queries):
-        return [np.full(query.image.size[::-1], self.depth, np.float32) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [np.full(query.image.size[::-1], self.depth, np.float32) for query in prepared]
 
 
 CONTESTANT = Constant

@@ -11,19 +11,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, package
+from ._base import Query, package
+from ._dense import PerImage
 
 
-class DepthAnything3(Contestant):
+class DepthAnything3(PerImage):
     title = "Depth Anything 3"
-    dense = True
     uses_intrinsics = True  # DA3METRIC; DA3NESTED does not
     batch_safe = False
-    deterministic = False
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         install = "pip install depth-anything-3, in an environment of its own (it wants numpy below 2)"
-        with package("Depth Anything 3", install):
+        with package("depth_anything_3", "Depth Anything 3", install):
             from depth_anything_3.api import DepthAnything3
         self.model = DepthAnything3.from_pretrained(checkpoint)
         if not self.model.model_name.startswith(("da3metric", "da3nested")):
@@ -34,10 +33,7 @@ class DepthAnything3(Contestant):
         self.uses_intrinsics = self.model.model_name.startswith("da3metric")
         self.model.to(device).eval()
 
-    def maps(self, queries):
-        return [self.map(query) for query in queries]
-
-    def map(self, query):
+    def map(self, query: Query) -> np.ndarray:
         depth = np.asarray(self.model.inference([query.image]).depth[0], np.float32)
         width, height = query.image.size
         if self.uses_intrinsics:

@@ -1,30 +1,30 @@
 """Depth Anything V1's metric models (Yang et al., "Depth Anything", CVPR 2024): its encoder under ZoeDepth's head.
 
 `depth_anything_v1:.../depth_anything_metric_depth_{indoor,outdoor}.pt`, the files of the authors' release. The code is
-in their research repository alone, which is no package and reads files relative to its own folder. One pass a photo;
-the authors' evaluation averages it with the mirrored photo's. (`LiheYoung/depth-anything-*-hf` is relative depth.)
+in their research repository alone, which is no package and reads files relative to its folder `metric_depth`. One pass
+per image; the authors' evaluation averages it with the mirrored image's. (`LiheYoung/depth-anything-*-hf` is relative
+depth.)
 """
 
 import os
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
-from ._base import Contestant, NotRunnable, package
+from ._base import NotRunnable, Query, package
+from ._dense import PerImage, to_tensor
 
 SETUP = (
     "git clone https://github.com/LiheYoung/Depth-Anything, install metric_depth/environment.yml, put "
-    "depth_anything_vitl14.pth into its checkpoints/, and run with PYTHONPATH=Depth-Anything/metric_depth"
+    "depth_anything_vitl14.pth into metric_depth/checkpoints/, and run with PYTHONPATH=Depth-Anything/metric_depth"
 )
 
 
-class DepthAnythingV1(Contestant):
+class DepthAnythingV1(PerImage):
     title = "Depth Anything V1"
-    dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"Depth Anything V1's head is written for float32, not {dtype}; pass float32")
         path = Path(checkpoint).resolve()
@@ -37,13 +37,13 @@ class DepthAnythingV1(Contestant):
             raise ValueError(
                 f"{path.name} names neither indoor nor outdoor, which choose the head's settings; rename it"
             )
-        with package("Depth Anything V1's metric code", SETUP):
+        with package("zoedepth", "Depth Anything V1's metric code", SETUP):
             from zoedepth.models import builder
             from zoedepth.utils.config import get_config
         config = get_config("zoedepth", "eval", "nyu" if "indoor" in path.name else "kitti")
         config.pretrained_resource = f"local::{path}"
         folder = os.getcwd()
-        os.chdir(Path(builder.__file__).parents[2])  # it loads ../checkpoints and ../torchhub
+        os.chdir(Path(builder.__file__).parents[2])  # metric_depth: it reads ./checkpoints and ../torchhub
         try:
             self.model = builder.build_model(config)
         except OSError as error:
@@ -53,14 +53,9 @@ class DepthAnythingV1(Contestant):
         self.device = device
         self.model.to(device).eval()
 
-    @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
-
-    def map(self, rgb):
-        image = torch.from_numpy(rgb).permute(2, 0, 1)[None].to(self.device) / 255
-        depth = self.model(image)["metric_depth"]
-        depth = F.interpolate(depth, size=rgb.shape[:2], mode="bilinear", align_corners=True)
+    def map(self, query: Query) -> np.ndarray:
+        depth = self.model(to_tensor(query.image)[None].to(self.device) / 255)["metric_depth"]
+        depth = F.interpolate(depth, size=query.image.size[::-1], mode="bilinear", align_corners=True)
         return depth[0, 0].numpy(force=True)
 
 

@@ -5,10 +5,12 @@ The head is a sigmoid times `max_depth` (20 m indoors, 80 m outdoors), so the sk
 length. The encoder's other checkpoints answer relative depth and are refused.
 """
 
+import numpy as np
 import torch
-from transformers import DepthAnythingForDepthEstimation
+from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
-from ._base import DepthModel
+from ._base import Query
+from ._dense import DepthModel
 
 
 class DepthAnythingV2(DepthModel):
@@ -16,7 +18,7 @@ class DepthAnythingV2(DepthModel):
     model_types = ("depth_anything",)
     model_class = DepthAnythingForDepthEstimation
 
-    def check(self, checkpoint, config):
+    def check(self, checkpoint: str, config: DepthAnythingConfig) -> None:
         if config.depth_estimation_type != "metric":
             raise ValueError(
                 f"{checkpoint} answers {config.depth_estimation_type} depth, not metres; "
@@ -24,11 +26,11 @@ class DepthAnythingV2(DepthModel):
             )
 
     @torch.inference_mode()
-    def maps(self, queries):
-        maps = [None] * len(queries)
-        for size in {query.image.size for query in queries}:  # the processor keeps the aspect: only equals stack
-            rows = [row for row, query in enumerate(queries) if query.image.size == size]
-            inputs = self.processor([queries[row].image for row in rows], return_tensors="pt")
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        maps = [None] * len(prepared)
+        for size in {query.image.size for query in prepared}:  # the processor keeps the aspect: only equals stack
+            rows = [row for row, query in enumerate(prepared) if query.image.size == size]
+            inputs = self.processor([prepared[row].image for row in rows], return_tensors="pt")
             outputs = self.model(**inputs.to(self.model.device, self.model.dtype))
             outputs.predicted_depth = outputs.predicted_depth.float()
             depths = self.processor.post_process_depth_estimation(outputs, [size[::-1]] * len(rows))

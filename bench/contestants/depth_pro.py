@@ -4,11 +4,13 @@ Metres come from the field of view that the model itself predicts, not from the 
 inverse depth times width / focal length, inverted and held within 0.1 mm and 10 km.
 """
 
+import numpy as np
 import torch
-from transformers import DepthProForDepthEstimation
+from transformers import DepthProConfig, DepthProForDepthEstimation
 from transformers.utils import is_torchvision_available
 
-from ._base import DepthModel, NotRunnable
+from ._base import NotRunnable, Query
+from ._dense import DepthModel
 
 
 class DepthPro(DepthModel):
@@ -16,7 +18,7 @@ class DepthPro(DepthModel):
     model_types = ("depth_pro",)
     model_class = DepthProForDepthEstimation
 
-    def check(self, checkpoint, config):
+    def check(self, checkpoint: str, config: DepthProConfig) -> None:
         if not config.use_fov_model:
             raise ValueError(f"{checkpoint} predicts no field of view, hence no metres; pass apple/DepthPro-hf")
         if not is_torchvision_available():
@@ -25,13 +27,13 @@ class DepthPro(DepthModel):
             )
 
     @torch.inference_mode()
-    def maps(self, queries):
-        inputs = self.processor([query.image for query in queries], return_tensors="pt")
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        inputs = self.processor([query.image for query in prepared], return_tensors="pt")
         outputs = self.model(**inputs.to(self.model.device, self.model.dtype))
         outputs.predicted_depth = outputs.predicted_depth.float()
         outputs.field_of_view = outputs.field_of_view.float()
         # Without sizes the answer would be canonical, not metric.
-        sizes = [query.image.size[::-1] for query in queries]
+        sizes = [query.image.size[::-1] for query in prepared]
         depths = self.processor.post_process_depth_estimation(outputs, target_sizes=sizes)
         return [depth["predicted_depth"].numpy(force=True) for depth in depths]
 

@@ -4,7 +4,10 @@ The image at fx = 750 px, by which it knows the camera; an arrow of 5 px; its ow
 Its evaluation skips points near the border; here the arrow comes from another side, as for every VLM (_prompt.py).
 """
 
+from collections.abc import Iterator
+
 from . import _prompt
+from ._base import Query
 from .vlm import VisionLanguageModel
 
 FOCAL_LENGTH = 750.0  # px
@@ -15,7 +18,7 @@ PROMPT = (
 )
 
 
-def questions(query):
+def questions(query: Query) -> Iterator[_prompt.Question]:
     image, pixels = _prompt.at_focal_length(query, FOCAL_LENGTH)
     for pixel in pixels:
         yield _prompt.mark(image, pixel, ARROW), PROMPT

@@ -1,25 +1,27 @@
 """DepthVLM: the processor normalises the focal length, the model sees once, the processor brings metres back."""
 
+import numpy as np
 import torch
+from transformers import BatchFeature
 
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
-from ._base import Contestant
+from ._base import Contestant, Query
 
 
-class DepthVLM(Contestant):
+class DepthVLM(Contestant[BatchFeature]):
     title = "DepthVLM"
     dense = True
     uses_intrinsics = True
     model_types = ("depthvlm",)
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         dtype = getattr(torch, dtype)
         self.model = DepthVLMForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).to(device).eval()
         self.processor = DepthVLMProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
-    def prepare(self, queries):
+    def prepare(self, queries: list[Query]) -> BatchFeature:
         return self.processor(
             images=[query.image for query in queries],
             focal_lengths=[query.intrinsics[0] for query in queries],
@@ -27,8 +29,8 @@ class DepthVLM(Contestant):
         )
 
     @torch.inference_mode()
-    def maps(self, inputs):
-        outputs = self.model(**inputs.to(self.model.device), logits_to_keep=1)
+    def maps(self, prepared: BatchFeature) -> list[np.ndarray]:
+        outputs = self.model(**prepared.to(self.model.device), logits_to_keep=1)
         maps = self.processor.post_process_depth_estimation(outputs)
         return [depth["predicted_depth"].float().cpu().numpy() for depth in maps]
 

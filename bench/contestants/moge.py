@@ -1,37 +1,32 @@
 """MoGe-2 (Wang et al., "MoGe-2", 2025), through the authors' package: `moge:Ruicheng/moge-2-{vits,vitb,vitl}-normal`,
 `moge:Ruicheng/moge-2-vitl`.
 
-It is not told the camera, which it predicts, and answers z in metres at the image's own size. Its mask, which puts
-infinity on the sky and what it finds unsure, is not applied: every scored point is somewhere.
+It predicts the camera, and z in metres at the image's own size. Its mask, which puts infinity on the sky and wherever
+it is unsure, is not applied: every scored point has a depth.
 """
 
 import numpy as np
-import torch
 
-from ._base import Contestant, package
+from ._base import Query, package
+from ._dense import PerImage, to_tensor
 
 
-class MoGe(Contestant):
+class MoGe(PerImage):
     title = "MoGe-2"
-    dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype == "bfloat16":
             raise ValueError("MoGe runs in float32 or float16, not bfloat16; pass one of them")
-        with package("MoGe", "pip install git+https://github.com/microsoft/MoGe"):
+        with package("moge", "MoGe", "pip install git+https://github.com/microsoft/MoGe"):
             from moge.model.v2 import MoGeModel
         self.model = MoGeModel.from_pretrained(checkpoint).to(device).eval()
         if not hasattr(self.model, "scale_head"):
             raise ValueError(f"{checkpoint} has no metric scale; pass one of Ruicheng/moge-2-*")
         self.half = dtype == "float16"
 
-    @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
-
-    def map(self, rgb):
-        image = torch.from_numpy(rgb).permute(2, 0, 1) / 255
-        return self.model.infer(image, apply_mask=False, use_fp16=self.half)["depth"].float().numpy(force=True)
+    def map(self, query: Query) -> np.ndarray:
+        output = self.model.infer(to_tensor(query.image) / 255, apply_mask=False, use_fp16=self.half)
+        return output["depth"].float().numpy(force=True)
 
 
 CONTESTANT = MoGe

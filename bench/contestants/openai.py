@@ -1,54 +1,48 @@
 """Any OpenAI-compatible endpoint (OpenAI, vLLM and others), asked in words (_prompt.py): `openai:MODEL`.
 
 `OPENAI_API_KEY` holds the key, `OPENAI_BASE_URL` an endpoint other than OpenAI's, as in http://127.0.0.1:8000/v1.
-Neither temperature nor a token limit is sent: reasoning models refuse the one, and hide their thoughts in the other.
+Neither temperature nor a token limit is sent: reasoning models refuse the one and count their thoughts in the other.
+Retries, backoff, Retry-After (up to two minutes) and time limits are those of the client, the package `openai`.
 """
 
+import argparse
 import base64
 import hashlib
-import http.client
 import io
 import json
 import math
 import os
 import re
-import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
+from PIL import Image
+
+from ..arguments import positive
+from ..files import write_text
 from . import _prompt
-from ._base import Answer, Contestant, NotRunnable
+from ._base import Answer, Contestant, NotRunnable, Query, package
 
 PARALLEL = 8  # requests under way
-MAX_REPLY = 1 << 22  # bytes; a longer reply is none
-BACKOFF = 1.0  # seconds before the first retry, doubled each time
-LONGEST_WAIT = 300.0  # seconds, whatever Retry-After says
-RETRIED = (408, 429, 500, 502, 503, 504)
 TOKENS = (1200, 50)  # read and written per request, assumed for an estimate of the cost
+HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404)  # statuses that every further request would meet
 
 
 class Refused(Exception):
-    """A request that no retry can save, though others may succeed."""
+    """A request without a usable reply, though others may have one."""
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args):
-        return None  # a redirect would take the key to another host
-
-
-class OpenAI(Contestant):
+class OpenAI(Contestant[list[Query]]):
     """
     A model behind Chat Completions. Each point is a request with the marked image as PNG.
 
-    cache: folder of replies; a question found there is not asked again, so that a run that was stopped goes on.
-    requests_per_minute: of this process, retries included. timeout: seconds a request may take.
-    retries: on 408, 429, 500, 502, 503, 504, a reply that is no completion, lost or slow connections; then "failed".
-    price_per_million: of tokens read and written, for `estimate`.
+    cache: folder of replies; a question whose reply it holds is not asked again, so that a stopped run goes on.
+    requests_per_minute: of this process, retries included. timeout: seconds without a byte from the server.
+    retries: of a request that failed (408, 409, 429, 5xx, a lost or silent connection) or whose reply is no chat
+    completion; after them its answer is "failed". price_per_million: of tokens read and written, for `estimate`.
 
     Raises NotRunnable, also while it runs, for what each further request would meet: no key, a wrong one, no credit,
     no such model, a redirect. Other refusals (400) make a "failed" answer.
@@ -56,7 +50,7 @@ class OpenAI(Contestant):
 
     title = "OpenAI-compatible endpoint"
     dense = False
-    deterministic = False
+    paid = True
 
     def __init__(
         self,
@@ -70,51 +64,79 @@ class OpenAI(Contestant):
         retries: int = 5,
         price_per_million: tuple[float, float] | None = None,
     ):
+        with package("openai", "The client of OpenAI-compatible endpoints", "pip install openai"):
+            from openai import DefaultHttpxClient
+            from openai import OpenAI as Client
         self.title = self.model = checkpoint
         self.cache = cache and Path(cache)
-        self.requests_per_minute, self.timeout, self.retries = requests_per_minute, timeout, retries
+        self.requests_per_minute, self.retries = requests_per_minute, retries
         self.price_per_million = price_per_million
-        self.url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/") + "/chat/completions"
-        self.served_at = self.url
+        base_url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
+        self.served_at = base_url + "/chat/completions"
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        address = urlsplit(self.url)
-        if address.scheme not in ("http", "https") or not address.hostname or address.username is not None:
+        if not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", base_url):
             raise NotRunnable("OPENAI_BASE_URL is no plain http(s) address; write it as in http://127.0.0.1:8000/v1")
         if not self.key and "OPENAI_BASE_URL" not in os.environ:
             raise NotRunnable("OPENAI_API_KEY is not set; set it, or OPENAI_BASE_URL to a server that needs no key")
         if not re.fullmatch(r"[!-~]*", self.key):
             raise NotRunnable("OPENAI_API_KEY has spaces or other characters that no key has; copy it again")
-        # plain http goes straight to its host: a proxy would read the key
-        proxies = {name: proxy for name, proxy in urllib.request.getproxies().items() if name == "https"}
-        self.opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
         self.lock, self.next_start, self.stopped = threading.Lock(), 0.0, threading.Event()
+        transport = DefaultHttpxClient(
+            follow_redirects=False,  # a redirect would take the key to another host
+            trust_env=base_url.startswith("https:"),  # a proxy would read the key of a plain http request
+            event_hooks={"request": [self.wait_turn], "response": [self.stop_if_hopeless]},
+        )
+        self.client = Client(
+            api_key=self.key or "EMPTY",  # the client wants one even for a server that needs none
+            base_url=base_url,
+            timeout=timeout,
+            max_retries=retries,
+            http_client=transport,
+        )
 
-    def estimate(self, queries_count: int, points_count: int) -> str:
-        """What asking about `points_count` points of `queries_count` images takes, in words."""
-        minutes = points_count / self.requests_per_minute
-        read, written = (points_count * tokens / 1e6 for tokens in TOKENS)
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("openai:MODEL, any compatible endpoint (key: OPENAI_API_KEY)")
+        group.add_argument(
+            "--requests-per-minute", type=positive, default=60, metavar="N", help="per process; default: 60"
+        )
+        group.add_argument("--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="per million tokens")
+
+    @classmethod
+    def from_arguments(cls, checkpoint: str, args: argparse.Namespace, out: Path, device: str) -> "OpenAI":
+        return cls(
+            checkpoint,
+            cache=out / "replies",
+            requests_per_minute=args.requests_per_minute,
+            price_per_million=args.price,
+        )
+
+    def estimate(self, images: int, points: int) -> str:
+        minutes = points / self.requests_per_minute
+        read, written = (points * tokens / 1e6 for tokens in TOKENS)
         text = (
-            f"{points_count} requests to {self.model} about {queries_count} images, less those answered before; "
-            f"at least {minutes:.0f} min at {self.requests_per_minute:g} a minute; about {read:.2f} M tokens read and "
-            f"{written:.2f} M written, at {TOKENS[0]} and {TOKENS[1]} a request; a reasoning model writes many more"
+            f"{points} requests to {self.model} about {images} images, less those answered before; at "
+            f"least {minutes:.0f} min at {self.requests_per_minute:g} per minute; about {read:.2f} M tokens read and "
+            f"{written:.2f} M written, at {TOKENS[0]} and {TOKENS[1]} per request; a reasoning model writes many more"
         )
         if self.price_per_million:
             cost = sum(tokens * price for tokens, price in zip((read, written), self.price_per_million, strict=True))
             text += f"; about {cost:.2f} in the prices' currency"
         return text
 
-    def answers(self, queries):
+    def answers(self, prepared: list[Query]) -> list[list[Answer]]:
         self.stopped.clear()
         with ThreadPoolExecutor(PARALLEL) as pool:
             try:
-                return _prompt.answers(queries, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
+                return _prompt.answers(prepared, lambda questions: list(pool.map(self.ask, questions)), 4 * PARALLEL)
             except BaseException:
                 self.stopped.set()  # the pool waits for its threads; they ask nothing more
                 raise
 
-    def ask(self, question) -> Answer:
+    def ask(self, question: _prompt.Question) -> Answer:
+        """The answer to one question, from the cache if it has one."""
         image, prompt = question
-        facts = [self.url, self.model, prompt, list(image.size)]
+        facts = [self.served_at, self.model, prompt, list(image.size)]
         digest = hashlib.sha256(json.dumps(facts).encode() + image.tobytes()).hexdigest()
         path = self.cache and self.cache / digest[:2] / f"{digest}.json"
         if path and path.exists():
@@ -126,15 +148,18 @@ class OpenAI(Contestant):
                 return Answer(math.nan, "failed", str(error))
             choice = reply["choices"][0]
             if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 record = {"model": self.model, "prompt": prompt, "choice": choice, "usage": reply.get("usage")}
-                write(path, json.dumps(record, indent=1).encode())
+                write_text(path, json.dumps(record, indent=1))
         message = choice["message"]
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":
             return Answer(math.nan, "refused", message.get("refusal") or message.get("content") or "")
         return _prompt.read(message.get("content") or "", choice.get("finish_reason") != "length")
 
-    def request(self, image, prompt: str) -> dict:
-        """The server's reply, with text in its first choice. Raises Refused, or NotRunnable."""
+    def request(self, image: Image.Image, prompt: str) -> dict:
+        """A chat completion. Raises Refused, or NotRunnable."""
+        from openai import APIConnectionError, APIStatusError
+
         png = io.BytesIO()
         image.save(png, "PNG")
         url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
@@ -142,92 +167,61 @@ class OpenAI(Contestant):
             {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
             {"type": "text", "text": prompt},
         ]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if self.key:
-            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
-        for attempt in range(self.retries + 1):
-            self.wait_turn()
-            wait = BACKOFF * 2**attempt
+        messages = [{"role": "user", "content": content}]
+        for _ in range(self.retries + 1):
             try:
-                reply = json.loads(self.send(request))
-                check(reply)
-                return reply
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {self.clean(read_error(error))}"
-                if error.code in (301, 302, 303, 307, 308, 401, 402, 403, 404) or "insufficient_quota" in reason:
-                    self.stopped.set()  # here: `answers` hears of it only when the questions before have their answers
-                    raise NotRunnable(f"{self.url} answers {reason}; see to key, model and credit") from None
-                if error.code not in RETRIED:
-                    raise Refused(reason) from None
-                wait = retry_after(error.headers.get("Retry-After"), wait)
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = self.clean(f"{type(error).__name__}: {error}".encode())
-            if attempt < self.retries:
-                self.sleep(min(wait, LONGEST_WAIT))
-        raise Refused(f"{self.retries + 1} requests failed, the last with {reason}")
+                reply = self.client.chat.completions.with_raw_response.create(model=self.model, messages=messages)
+            except APIStatusError as error:
+                raise Refused(f"HTTP {error.status_code}: {self.shown(error.response.text)}") from None
+            except APIConnectionError as error:  # time limits, too
+                raise Refused(self.shown(f"{error} {error.__cause__}")) from None
+            if completion := read_completion(self.without_key(reply.text)):
+                return completion
+        raise Refused(f"{self.retries + 1} replies were no chat completion, the last: {self.shown(reply.text)!r}")
 
-    def send(self, request) -> str:
-        """One request -> the body of its reply. The socket's own time limit is for a single read; this is for all."""
-        end, body = time.monotonic() + self.timeout, b""
-        with self.opener.open(request, timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):
-                body += part
-                if time.monotonic() > end:
-                    raise TimeoutError(f"no complete reply in {self.timeout:g} s")
-                if len(body) > MAX_REPLY:
-                    raise ValueError(f"a reply of more than {MAX_REPLY} bytes")
-        return self.clean(body)
-
-    def clean(self, body: bytes) -> str:
-        """As text, without the key, should a server repeat it; one below 16 characters is a local server's dummy."""
-        text = body.decode("utf-8", "replace")
-        return text.replace(self.key, "***") if len(self.key) >= 16 else text
-
-    def wait_turn(self) -> None:
-        """Sleep until the rate limit allows one more request."""
+    def wait_turn(self, request: Any = None) -> None:
+        """Called before each request, retries included: sleep until the rate limit allows one more."""
         with self.lock:
-            start = max(self.next_start, time.monotonic())
+            now = time.monotonic()
+            start = max(self.next_start, now)
             self.next_start = start + 60 / self.requests_per_minute
-        self.sleep(max(0, start - time.monotonic()))
+        self.sleep(start - now)
 
     def sleep(self, seconds: float) -> None:
         """Raises Refused when `answers` has ended meanwhile, by an error or by Ctrl-C."""
         if self.stopped.wait(seconds):
             raise Refused("stopped before it was asked")
 
+    def stop_if_hopeless(self, response: Any) -> None:
+        """Called with each reply, before the client retries. Raises NotRunnable for what every request would meet."""
+        if response.status_code not in (*HOPELESS, 429):
+            return
+        response.read()
+        if response.status_code in HOPELESS or "insufficient_quota" in response.text:
+            self.stopped.set()  # here: `answers` hears of it only when the questions before have their answers
+            raise NotRunnable(
+                f"{self.served_at} answers HTTP {response.status_code}: {self.shown(response.text)}; see to key, model "
+                "and credit"
+            )
 
-def read_error(error: urllib.error.HTTPError) -> bytes:
-    """The beginning of what came with an error; nothing, if the connection broke meanwhile."""
+    def without_key(self, text: str) -> str:
+        """A server may repeat the key; one below 16 characters is a local server's dummy."""
+        return text.replace(self.key, "***") if len(self.key) >= 16 else text
+
+    def shown(self, text: str) -> str:
+        """As much of a server's text as an error message holds."""
+        return self.without_key(text)[:2000].strip()
+
+
+def read_completion(body: str) -> dict | None:
+    """A chat completion whose first choice has a message; None for any other body."""
     try:
-        with error:
-            return error.read(2000)
-    except (OSError, http.client.HTTPException):
-        return b""
-
-
-def check(reply) -> None:
-    """Raises ValueError unless the reply is a chat completion."""
-    try:
-        message = reply["choices"][0]["message"]
+        completion = json.loads(body)
+        message = completion["choices"][0]["message"]
         texts = [message.get("content"), message.get("refusal")]
-    except (TypeError, KeyError, IndexError, AttributeError):
-        texts = [0]
-    if not all(text is None or isinstance(text, str) for text in texts):
-        raise ValueError("the reply is no chat completion")
-
-
-def retry_after(header: str | None, otherwise: float) -> float:
-    """Seconds that a Retry-After header asks for; `otherwise` where it has none, or a date."""
-    return float(header) if header and re.fullmatch(r"\d+(\.\d+)?", header) else otherwise
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
+    return completion if all(text is None or isinstance(text, str) for text in texts) else None
 
 
 CONTESTANT = OpenAI

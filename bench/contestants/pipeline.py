@@ -4,18 +4,19 @@ Scored is its `predicted_depth` at the image's own size, never `depth`, a pictur
 says that its model gives no metres is refused; of GLPN and of DPT on DINOv2 it says nothing, and their word is taken.
 """
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation, PreTrainedConfig, pipeline
 from transformers.utils import is_torchvision_available
 
-from ._base import Contestant, NotRunnable
+from ._base import Contestant, NotRunnable, Query
 
 
-class Pipeline(Contestant):
+class Pipeline(Contestant[list[Query]]):
     title = "Pipeline"
     dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         self.title = f"{checkpoint} (pipeline)"
         config = AutoConfig.from_pretrained(checkpoint)
         if reason := why_not_metric(config):
@@ -29,12 +30,12 @@ class Pipeline(Contestant):
         processor = AutoImageProcessor.from_pretrained(checkpoint)
         self.pipeline = pipeline("depth-estimation", model, image_processor=processor, device=device)
 
-    def maps(self, queries):
-        answers = self.pipeline([query.image for query in queries], batch_size=1)
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        answers = self.pipeline([query.image for query in prepared], batch_size=1)
         return [answer["predicted_depth"].to(torch.float32).numpy(force=True) for answer in answers]
 
 
-def why_not_metric(config) -> str:
+def why_not_metric(config: PreTrainedConfig) -> str:
     """What its config says against a checkpoint's answers being metres of distance; "" if nothing does."""
     backbone = getattr(config, "backbone_config", None)
     if config.model_type == "chmv2":

@@ -1,25 +1,26 @@
 """UniDepth V1 and V2 (Piccinelli et al., CVPR 2024; 2025), through the authors' package:
 `unidepth:lpiccinelli/unidepth-v1-{vitl14,cnvnxtl}`, `unidepth:lpiccinelli/unidepth-v2-{vits14,vitb14,vitl14}`.
 
-It is not told the camera, which it predicts. It answers z at the image's own size. V2 runs under float16 autocast on
-a GPU, whatever the dtype.
+It predicts the camera, and z in metres at the image's own size. V2 runs under float16 autocast on a GPU, whatever the
+dtype. V1's attention is that of an old xformers.
 """
 
 import numpy as np
-import torch
 from transformers import PreTrainedConfig
 
-from ._base import Contestant, package
+from ._base import Query, package
+from ._dense import PerImage, to_tensor
+
+XFORMERS = "pip install --no-deps xformers==0.0.28.post3, the last one with xformers.components"
 
 
-class UniDepth(Contestant):
+class UniDepth(PerImage):
     title = "UniDepth"
-    dense = True
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype != "float32":
             raise ValueError(f"UniDepth prepares its input as float32, not {dtype}; pass float32")
-        with package("UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
+        with package("unidepth", "UniDepth", "pip install git+https://github.com/lpiccinelli-eth/UniDepth"):
             from unidepth import models
         config, _ = PreTrainedConfig.get_config_dict(checkpoint)  # of its own form: {"model": {"name": ...}, ...}
         name = config.get("model", {}).get("name")
@@ -28,15 +29,14 @@ class UniDepth(Contestant):
                 f"the config.json of {checkpoint} names the model {name!r}, neither UniDepthV1 nor UniDepthV2; pass "
                 "lpiccinelli/unidepth-v2-vitl14 or another of theirs"
             )
+        if name == "UniDepthV1":
+            with package("xformers", "xformers, for UniDepth V1's attention,", XFORMERS):
+                from xformers.components.attention import NystromAttention  # noqa: F401
         self.title = f"UniDepth {name[-2:]}"
         self.model = getattr(models, name).from_pretrained(checkpoint).to(device).eval()
 
-    @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(np.array(query.image)) for query in queries]
-
-    def map(self, rgb):
-        depth = self.model.infer(torch.from_numpy(rgb).permute(2, 0, 1))["depth"]
+    def map(self, query: Query) -> np.ndarray:
+        depth = self.model.infer(to_tensor(query.image))["depth"]
         return depth[0, 0].float().numpy(force=True)
 
 

@@ -7,10 +7,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from . import _prompt
-from ._base import Contestant, NotRunnable
+from ._base import Answer, Contestant, NotRunnable, Query
 
 
-class VisionLanguageModel(Contestant):
+class VisionLanguageModel(Contestant[list[Query]]):
     """Greedy decoding; what the checkpoint's own processor does to an image (tiles, sizes) is left as it is."""
 
     title = "Vision-language model"
@@ -21,7 +21,7 @@ class VisionLanguageModel(Contestant):
     batch_size = 8  # points
     max_new_tokens = 512  # a reply cut off here is unparsable
 
-    def __init__(self, checkpoint, device="cpu", dtype="float32"):
+    def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         self.title = Path(checkpoint).name
         try:
             model_type = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False).model_type
@@ -44,11 +44,11 @@ class VisionLanguageModel(Contestant):
             checkpoint, dtype=dtype, device_map=device, use_safetensors=True, trust_remote_code=False
         ).eval()
 
-    def answers(self, queries):
-        return _prompt.answers(queries, self.ask, self.batch_size, self.questions)
+    def answers(self, prepared: list[Query]) -> list[list[Answer]]:
+        return _prompt.answers(prepared, self.ask, self.batch_size, self.questions)
 
     @torch.inference_mode()
-    def ask(self, questions):
+    def ask(self, questions: list[_prompt.Question]) -> list[Answer]:
         chats = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", self.text_key: prompt}]}]
             for image, prompt in questions

@@ -4,9 +4,12 @@ The image at fx = 1000 px, by which it knows the camera, and unmarked: the promp
 share of the side in [0, 2000]. It answers the distance to the camera.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from . import _prompt
+from ._base import Query
 from .vlm import VisionLanguageModel
 
 FOCAL_LENGTH = 1000.0  # px
@@ -17,7 +20,7 @@ PROMPT = (
 )
 
 
-def questions(query):
+def questions(query: Query) -> Iterator[_prompt.Question]:
     image, pixels = _prompt.at_focal_length(query, FOCAL_LENGTH)
     for u, v in np.rint(pixels * 2000 / image.size).astype(int):
         yield image, PROMPT.format(u, v)

@@ -7,11 +7,14 @@ which itself needs torchvision.
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers import ZoeDepthForDepthEstimation
 
-from ._base import DepthModel
+from ._base import Query
+from ._dense import DepthModel
 
 
 class ZoeDepth(DepthModel):
@@ -21,10 +24,10 @@ class ZoeDepth(DepthModel):
     model_class = ZoeDepthForDepthEstimation
 
     @torch.inference_mode()
-    def maps(self, queries):
-        return [self.map(query.image) for query in queries]
+    def maps(self, prepared: list[Query]) -> list[np.ndarray]:
+        return [self.map(query.image) for query in prepared]
 
-    def map(self, image):
+    def map(self, image: Image.Image) -> np.ndarray:
         inputs = self.processor(image, return_tensors="pt").to(self.model.device, self.model.dtype)
         depth = self.model(**inputs).predicted_depth.float()
         width, height = image.size
