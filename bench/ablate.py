@@ -4,7 +4,6 @@ Each row is a file of configs/ablations: what it changes of the tiny model and o
 seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -16,10 +15,12 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
+import pandas
 import yaml
 from tqdm import tqdm
 
 from .arguments import positive
+from .tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "configs" / "ablations"
@@ -39,7 +40,6 @@ METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": 
 
 def add_ablate(commands) -> None:
     parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
-    parser.add_argument("--scale", choices=("tiny",), default="tiny", help="size of the model")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
     parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TITLES), default=list(TITLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run of every row each")
@@ -274,11 +274,8 @@ def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames
     for table in tables:
         names = rows_of(rows, table)
         records = [record(rows[name], table, results[name]) for name in names]
-        with open(out / f"table{table}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
-        text += [f"\n## Table {table}: {TITLES[table]}\n", markdown(records)]
+        pandas.DataFrame(records).to_csv(out / f"table{table}.csv", index=False)
+        text += [f"\n## Table {table}: {TITLES[table]}\n", comparison(records)]
         if table == 7:
             text.append(
                 "\nThe tiny model's canonical focal length is a fifth of the paper's: 500, 1000 and 1500 px are 100, "
@@ -307,20 +304,18 @@ def record(row: dict, table: int, by_seed: dict[int, dict]) -> dict:
     return found
 
 
-def markdown(records: list[dict]) -> str:
-    """The paper's columns first, then what was measured here."""
+def comparison(records: list[dict]) -> str:
+    """Markdown: the paper's columns first, then the measured ones."""
     titles = {"delta1": "δ1", "abs_rel": "AbsRel", "questions": "questions right"}
     paper = [key for key in records[0] if key.startswith("paper ")]
     here = [key for key in titles if key in records[0]]
-    lines = ["| Row | " + " | ".join([*paper, *(f"**here: {titles[key]}**" for key in here)]) + " |"]
-    lines.append("|---|" + "---:|" * (len(paper) + len(here)))
+    rows = []
     for row in records:
-        cells = [row["row"], *(f"{row[key]:.3f}" if row[key] < 1 else f"{row[key]:g}" for key in paper)]
+        rows.append([row["row"], *(f"{row[key]:.3f}" if row[key] < 1 else f"{row[key]:g}" for key in paper)])
         for key in here:
             spread = row[f"{key} spread"]
-            cells.append(f"{row[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows[-1].append(f"{row[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+    return markdown(["Row", *paper, *(f"**here: {titles[key]}**" for key in here)], rows)
 
 
 def order(records: list[dict]) -> str:

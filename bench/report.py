@@ -4,7 +4,6 @@ OUT gets report.md, report.csv and the PNG files that report.md shows. Runs of d
 conventions, choice of points) are never put in one table.
 """
 
-import csv
 import json
 import statistics
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .scoring import FORMAT
+from .tables import markdown
 
 PAPER = Path(__file__).with_name("paper_results.json")
 POINT_COLUMNS = ["id", "source", "u", "v", "gt", "prediction", "status"]
 DEPTH_EDGES = (0, 1, 2, 3, 5, 10, 20, 40, 80, np.inf)  # metres
 WORST = 12  # images of a contact sheet
+COLUMNS = ["protocol", "table", "from", "method", "source", "metric", "value", "count"]  # of report.csv
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,8 @@ def report(
         else:
             lines.append("Error by depth range and the worst images need results of `--mode points`.\n")
     lines += efficiency_table(timings, published, records)
-    with (out / "report.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["protocol", "table", "from", "method", "source", "metric", "value", "count"])
-        writer.writeheader()
-        writer.writerows(records)
+    frame = pandas.DataFrame(records, columns=COLUMNS, dtype=object)  # a count beside None stays a whole number
+    frame.to_csv(out / "report.csv", index=False, lineterminator="\r\n")
     (out / "report.md").write_text("\n".join(lines), encoding="utf-8")
     return out / "report.md"
 
@@ -236,12 +235,12 @@ def delta1_table(title, runs, sources, paper_rows, number, records, note=None, o
         lines.append("A mean is given where all sources of the table are there: it is over all of them, unweighted.\n")
     for kind, method, values in rows:
         for source, value in zip([*sources, "mean"], values, strict=True):
-            records.append(record(number, title, kind, method, source, "delta1", value))
+            records.append((number, title, kind, method, source, "delta1", value, None))
     cells = [[kind, escape(method), *map(three_digits, values)] for kind, method, values in rows]
     for row in cells:
         if row[0] == "measured":
             row[1] = f"**{row[1]}**"
-    return [*lines, *markdown(["from", "method", *sources, "mean"], cells)]
+    return [*lines, markdown(["from", "method", *sources, "mean"], cells, labels=2)]
 
 
 def score_table(group: list[Results], number: int, records: list) -> list[str]:
@@ -255,7 +254,7 @@ def score_table(group: list[Results], number: int, records: list) -> list[str]:
             counts = ", ".join(f"{count} {status}" for status, count in source["counts"].items())
             rows.append([escape(run.name), name, source["images"], counts, *map(three_digits, values)])
             for metric, value in zip(metrics, values, strict=True):
-                records.append(record(number, "scores", "measured", run.name, name, metric, value, source["points"]))
+                records.append((number, "scores", "measured", run.name, name, metric, value, source["points"]))
     told = group[0].summary["protocol"]
     if told["as_released"]:
         note = "As released: points without an answer leave the mean; an image with none left counts 0."
@@ -265,7 +264,7 @@ def score_table(group: list[Results], number: int, records: list) -> list[str]:
     return [
         "### All scores\n",
         f"{note}\n",
-        *markdown(["method", "source", "images", "points", *metrics], rows),
+        markdown(["method", "source", "images", "points", *metrics], rows, labels=2),
     ]
 
 
@@ -281,37 +280,19 @@ def efficiency_table(timings: dict | None, published: dict, records: list) -> li
     ratios, others, rows = timings.get("ratios", {}), timings.get("alternatives", {}), []
     for kind, method in [("paper", row["method"]) for row in published.get("8", {}).get("rows", [])]:
         rows.append([kind, method, "-", "-", "-", "-"])
-        records.append(record("", "efficiency", kind, method, "", "seconds", None))
+        records.append(("", "efficiency", kind, method, "", "seconds", None, None))
     for name, samples in timings["seconds"].items():
         median = statistics.median(samples)
         rows.append(["measured", escape(name), f"{median:.4g}", f"{np.percentile(samples, 95):.4g}", len(samples)])
         rows[-1].append(f"{ratios[name]:.3f} of {others.get(name, 'its alternative')}" if name in ratios else "-")
-        records.append(record("", "efficiency", "measured", name, "", "seconds", median, len(samples)))
+        records.append(("", "efficiency", "measured", name, "", "seconds", median, len(samples)))
     for name, seconds in timings.get("extrapolated", {}).items():
         rows.append(["extrapolated", escape(name), f"{seconds:.4g}", "-", "-", "-"])
-        records.append(record("", "efficiency", "extrapolated", name, "", "seconds", seconds))
+        records.append(("", "efficiency", "extrapolated", name, "", "seconds", seconds, None))
     for name, peak in timings.get("peak_bytes", {}).items():
         lines.append(f"Peak memory of {escape(name)}: {peak / 2**30:.2f} GiB.\n")
-        records.append(record("", "efficiency", "measured", name, "", "peak bytes", peak))
-    return [*lines, *markdown(["from", "what", "median s", "p95 s", "rounds", "ratio"], rows)]
-
-
-def record(protocol, table, kind, method, source, metric, value, count=None) -> dict:
-    return {
-        "protocol": protocol,
-        "table": table,
-        "from": kind,
-        "method": method,
-        "source": source,
-        "metric": metric,
-        "value": value,
-        "count": count,
-    }
-
-
-def markdown(header: list, rows: list[list]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return [*("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+        records.append(("", "efficiency", "measured", name, "", "peak bytes", peak, None))
+    return [*lines, markdown(["from", "what", "median s", "p95 s", "rounds", "ratio"], rows, labels=2)]
 
 
 def escape(text: str) -> str:
@@ -372,11 +353,8 @@ def depth_ranges(group: list[Results], file: Path, number: int, records: list) -
             rows.append([escape(run.name), label, score["points"], score["answered"]])
             rows[-1] += [three_digits(score[metric]) for metric in ("delta1", "abs_rel")]
             for metric in ("delta1", "abs_rel"):
-                value = score[metric]
-                records.append(
-                    record(number, f"depth {label} m", "measured", run.name, "+".join(shared), metric, value)
-                )
-                records[-1]["count"] = score["points"]
+                row = (number, f"depth {label} m", "measured", run.name, "+".join(shared), metric)
+                records.append((*row, score[metric], score["points"]))
         for axes, metric in ((upper, "delta1"), (lower, "abs_rel")):
             values = [np.nan if score[metric] is None else score[metric] for score in scores]
             axes.plot(labels, values, "o-", color=colour(index), label=plain(run.name))
@@ -391,7 +369,7 @@ def depth_ranges(group: list[Results], file: Path, number: int, records: list) -
     figure.savefig(file)
     header = ["method", "true depth, m", "points", "answered", "delta1", "abs_rel"]
     note = "Here points without an answer are wrong for δ1, whatever the protocol.\n"
-    return ["### By depth\n", note, f"![by depth]({file.name})\n", *markdown(header, [row for row in rows if row[2]])]
+    return ["### By depth\n", note, f"![by depth]({file.name})\n", markdown(header, [row for row in rows if row[2]], 2)]
 
 
 def worst_images(group: list[Results], out: Path, number: int, data: str | None) -> list[str]:

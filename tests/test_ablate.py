@@ -167,7 +167,9 @@ def test_mean_spread_and_order():
     """Means and sample deviations by hand; the order is told as it is found."""
     a, b, c = record("a", 0.5, [0.1, 0.3]), record("b", 0.6, [0.5, 0.6]), record("c", 0.7, [0.55, 0.6])
     assert a["delta1"] == pytest.approx(0.2) and a["delta1 spread"] == pytest.approx(0.02**0.5)
-    assert "| a | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.200 ± 0.141 | 0.100 ± 0.000 |" in ablate.markdown([a, b, c])
+    assert "| a | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.200 ± 0.141 | 0.100 ± 0.000 |" in ablate.comparison(
+        [a, b, c]
+    )
     text = ablate.order([a, b, c])
     assert (
         "order of rows came out: 3 of 3" in text
@@ -177,4 +179,4 @@ def test_mean_spread_and_order():
     text = ablate.order([a, b, record("c", 0.7, [0.4, 0.4])])
     assert "order of rows did not come out: 2 of 3" in text and "here: b; c; a." in text
     alone = [record("a", 0.5, [0.1]), record("b", 0.6, [0.2])]
-    assert "One seed says nothing about spread" in ablate.order(alone) and "± " not in ablate.markdown(alone)
+    assert "One seed says nothing about spread" in ablate.order(alone) and "± " not in ablate.comparison(alone)
