@@ -5,6 +5,7 @@ import pandas
 from PIL import Image
 
 from .contestants._base import Query
+from .metrics import is_right
 
 CANONICAL_FOCAL_LENGTH = 1000  # px
 
@@ -53,11 +54,14 @@ def at_points(depth: np.ndarray, query: Query) -> np.ndarray:
     return found
 
 
+def delta1_by_image(table: pandas.DataFrame) -> pandas.Series:
+    """Each image's share of right points: those without a prediction leave it, an image with none left counts 0."""
+    answered = table.prediction.notna()
+    right = is_right(table.prediction, table["gt"])  # NaN is not
+    counts = pandas.DataFrame({"right": right, "answered": answered}).groupby(table["id"], sort=False).sum()
+    return (counts.right / counts.answered).fillna(0.0)
+
+
 def delta1(table: pandas.DataFrame) -> float:
-    """Mean over images of each one's share: points without a prediction leave it, an image with none left counts 0."""
-    per_image = []
-    for _, own in table.groupby("id", sort=False):
-        answered = own[own.prediction.notna()]
-        ratio = np.maximum(answered.prediction / answered["gt"], answered["gt"] / answered.prediction)
-        per_image.append(float((ratio < 1.25).mean()) if len(answered) else 0.0)
-    return float(np.mean(per_image))
+    """The mean over images."""
+    return float(np.mean(delta1_by_image(table).to_numpy()))
