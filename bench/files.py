@@ -29,6 +29,18 @@ def open_whole(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[I
         unfinished.unlink(missing_ok=True)
 
 
+def read_json(path: str | Path, remedy: str) -> Any:
+    """Strict JSON: NaN and infinity are refused. Raises ValueError that ends in `remedy`."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); {remedy}") from error
+
+
 def write_text(path: str | Path, text: str) -> None:
     with open_whole(path, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
