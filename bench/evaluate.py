@@ -258,8 +258,8 @@ def summarise(run: Run, contestant: Contestant, kept: dict, chunks: list, out: P
     names = list(next(iter(sources.values()))["metrics"])
     summary = {
         "format": scoring.FORMAT,
-        "contestant": {"model": run.model, "title": contestant.title, "quantity": contestant.quantity}
-        | {"uses_intrinsics": contestant.uses_intrinsics, "dense": contestant.dense},
+        "contestant": {"model": run.model, "title": contestant.title, "group": contestant.group}
+        | {"quantity": contestant.quantity, "uses_intrinsics": contestant.uses_intrinsics, "dense": contestant.dense},
         "protocol": {
             "mode": run.mode,
             "as_released": run.as_released,

@@ -58,7 +58,9 @@ def delta1_by_image(table: pandas.DataFrame) -> pandas.Series:
     """Each image's share of right points: those without a prediction leave it, an image with none left counts 0."""
     answered = table.prediction.notna()
     right = is_right(table.prediction, table["gt"])  # NaN is not
-    counts = pandas.DataFrame({"right": right, "answered": answered}).groupby(table["id"], sort=False).sum()
+    counts = (
+        pandas.DataFrame({"right": right, "answered": answered}).groupby(table["id"], sort=False, observed=True).sum()
+    )
     return (counts.right / counts.answered).fillna(0.0)
 
 

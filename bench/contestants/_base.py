@@ -62,6 +62,7 @@ class Contestant:
     """
 
     title: ClassVar[str]  # as tables name it
+    group: ClassVar[str] = "Pure Vision Models"  # of tables, as the paper names its groups
     dense: ClassVar[bool]  # whether it gives maps; otherwise it is asked point by point
     quantity: ClassVar[str] = "z"  # or "ray": Euclidean distance to the camera; the scorer converts it
     uses_intrinsics: ClassVar[bool] = False  # whether it is told the camera, so that tables can say so

@@ -7,6 +7,7 @@ from ._base import Contestant
 
 class Constant(Contestant):
     title = "Constant"
+    group = "Naive Prediction with Constant Answers"
     dense = True
 
     def __init__(self, checkpoint, device="cpu", dtype="float32"):

@@ -10,6 +10,7 @@ from ._base import Contestant
 
 class DepthVLM(Contestant):
     title = "DepthVLM"
+    group = "VLMs Trained on Metric Depth Estimation"
     dense = True
     uses_intrinsics = True
     model_types = ("depthvlm",)

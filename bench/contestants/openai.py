@@ -55,6 +55,7 @@ class OpenAI(Contestant):
     """
 
     title = "OpenAI-compatible endpoint"
+    group = "General-Purpose VLMs"
     dense = False
     deterministic = False
 

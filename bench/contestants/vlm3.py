@@ -25,6 +25,7 @@ def questions(query):
 
 class VLM3(VisionLanguageModel):
     title = "VLM3"
+    group = "VLMs Trained on Metric Depth Estimation"
     quantity = "ray"
     uses_intrinsics = True
     model_types = ()  # its own is "qwen3_vl", as that of many
