@@ -3,17 +3,13 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import DatasetCardData
+
 from .depthvlm_bench import GROUPS
 from .files import write_text
 
 HEAD = """---
-pretty_name: DepthVLM-Bench
-license: other
-task_categories:
-- depth-estimation
-- visual-question-answering
-configs:
-{configs}
+{metadata}
 ---
 
 # DepthVLM-Bench, built from the owner's own copies of {n} data sets
@@ -43,7 +39,12 @@ def write(out: Path) -> None:
     default = "paper_eval" if "paper_eval" in configs else next(iter(configs))
     example = next(iter(splits))
     text = HEAD.format(
-        configs="\n".join(_config(name, parts, name == default) for name, parts in configs.items()),
+        metadata=DatasetCardData(
+            pretty_name="DepthVLM-Bench",
+            license="other",
+            task_categories=["depth-estimation", "visual-question-answering"],
+            configs=[_config(name, parts, name == default) for name, parts in configs.items()],
+        ),
         n=len(splits),
         example=example,
         example_split=splits[example][0],
@@ -72,12 +73,11 @@ def section(title: str) -> str:
     return f"## {title}\n" + manual.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0].rstrip() + "\n"
 
 
-def _config(name: str, parts: list[tuple[str, list[str]]], default: bool) -> str:
-    lines = [f"- config_name: {name}"] + ["  default: true"] * default + ["  data_files:"]
-    for split, members in parts:
-        lines += [f"  - split: {split}", "    path:"]
-        lines += [f"    - {member}/{split}-*.parquet" for member in members]
-    return "\n".join(lines)
+def _config(name: str, parts: list[tuple[str, list[str]]], default: bool) -> dict:
+    files = [
+        {"split": split, "path": [f"{member}/{split}-*.parquet" for member in members]} for split, members in parts
+    ]
+    return {"config_name": name} | ({"default": True} if default else {}) | {"data_files": files}
 
 
 def _row(record: dict) -> str:
