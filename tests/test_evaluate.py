@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import datasets
 import numpy as np
 import pandas
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bench import evaluate, released
+from bench import evaluate, released, sources
 from bench.__main__ import main
 from bench.contestants._base import Answer, Contestant, Query
 from bench.contestants.constant import Constant
@@ -288,6 +289,80 @@ def test_rows_as_released_and_corrected_ones_are_not_mistaken_for_each_other(tmp
         with pytest.raises(ValueError, match=remedy):
             run(Columns(), bench, tmp_path / "out", as_released=not made)
         run(Columns(), bench, tmp_path / f"out-{made}", as_released=made)
+
+
+# (W, H) of the image, of the depth map, and fx
+RELEASED_SETS = {
+    "ibims1": ((640, 480), (640, 480), 559.62),
+    "nuscenes": ((1600, 900), (1600, 900), 1266.42),
+    "nyuv2": ((561, 427), (561, 427), 518.86),
+    "scannetpp": ((1920, 1440), (256, 192), 1430.94),
+    "ddad": ((1936, 1216), (1936, 1216), 2181.54),
+}
+
+
+def hilly(size: tuple[int, int], low: float, high: float, seed) -> np.ndarray:
+    """Another depth at every pixel, (H, W) float32."""
+    return np.random.default_rng(seed).uniform(low, high, size[::-1]).astype(np.float32)
+
+
+class Hilly(Unloaded):
+    title, dense = "Hilly", True
+
+    def maps(self, queries):
+        return [hilly(query.image.size, 1.5, 4.0, query.image.size) for query in queries]
+
+
+@pytest.mark.parametrize("source", RELEASED_SETS)
+def test_as_released_is_the_released_scorer_restated(source, tmp_path):
+    """`import --as-released` and `evaluate --as-released` against the rules with OpenCV, on maps with holes."""
+    (width, height), depth_size, focal = RELEASED_SETS[source]
+    low, high = sources.get(source).depth_range
+    scale = {"scannetpp": 1000.0, "nyuv2": 8000.0, "ibims1": 65535 / 50}.get(source, 256.0)
+    canonical = [round(side * 1000 / focal) for side in (width, height)]
+    lines, means = [], []
+    for folder in ("images", "depths"):
+        (tmp_path / folder).mkdir()
+    for number in range(3):
+        random = np.random.default_rng([number, width])
+        words = np.rint(hilly(depth_size, 1.5, 4.0, [number, 7]) * scale).astype(np.uint16)
+        words[random.random(words.shape) < 0.4] = 0
+        words[random.random(words.shape) < 0.1] = np.uint16(min(65535, 1.5 * high * scale))  # too far
+        depth = words.astype(np.float32) / np.float32(scale)
+        depth[(depth < low) | (depth > high)] = 0
+        rows, columns = np.nonzero(depth)
+        picked = random.choice(len(rows), 200, replace=False)
+        points = np.column_stack([columns, rows])[picked].tolist()
+        metres = [round(float(depth[row, column]), 4) for column, row in points]
+        Image.new("RGB", (width, height)).save(tmp_path / "images" / f"{number}.png", compress_level=1)
+        Image.fromarray(words).save(tmp_path / "depths" / f"{number}.png", compress_level=1)
+        names = {"image": f"{number}.png", "depth_path": f"{number}.png", "depth_type": "z_depth"}
+        sizes = {"original_rgb_size": [width, height], "original_depth_size": depth_size, "canonical_size": canonical}
+        numbers = {"original_fx": focal, "depth_scale": scale, "pixel_coords": points, "depth": metres}
+        lines.append(json.dumps(names | sizes | numbers))
+
+        # the released rules
+        stretched = cv2.resize(depth, canonical, interpolation=cv2.INTER_NEAREST)
+        grid = [max(1, round(max(28, round(side / 28) * 28) / 32)) * 32 for side in canonical]
+        predicted = Image.fromarray(hilly((width, height), 1.5, 4.0, (width, height)))
+        predicted = np.asarray(predicted.resize(grid, Image.Resampling.BILINEAR))
+        right = []
+        for (x, y), fallback in zip(points, metres, strict=True):
+            column, row = round(x * (canonical[0] / width)), round(y * (canonical[1] / height))
+            if column >= canonical[0] or row >= canonical[1] or column >= grid[0] or row >= grid[1]:
+                continue
+            gt, p = float(stretched[row, column]) or fallback, float(predicted[row, column])
+            right.append(max(p / gt, gt / p) < 1.25)
+        means.append(sum(right) / len(right))
+
+    (tmp_path / "annotations.jsonl").write_text("\n".join(lines))
+    folders = ["--images", str(tmp_path / "images"), "--depths", str(tmp_path / "depths"), "--source", source]
+    command = ["import", str(tmp_path / "annotations.jsonl"), *folders, "--out", str(tmp_path / "data")]
+    assert main([*command, "--as-released", "--strict"]) == 0
+    summary = run(Hilly(), tmp_path / "data", tmp_path / "out", as_released=True)
+    assert summary["sources"][source]["images"] == 3
+    assert summary["sources"][source]["metrics"] == {"delta1": np.mean(means)}
+    assert 0.2 < np.mean(means) < 0.8
 
 
 def test_released_grid_has_the_sizes_found_in_the_released_code():
