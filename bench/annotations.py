@@ -119,17 +119,13 @@ class AnnotationReader:
                 if not len(points[0]):
                     raise BadFrame("all points fall outside canonical_size by rounding; the released scorer counts 0")
             else:
-                points = (*self._on_image(columns, rows, depth_size, size), metres)
+                points = (*change_grid(columns, rows, depth_size, size), metres)
         if self.as_released or self.source.name not in RAY_SOURCES:
             return intrinsics, depth, points
         u, v, metres = points
-        grid = self._on_image(np.arange(depth_size[0])[None, :], np.arange(depth_size[1])[:, None], depth_size, size)
+        pixels = np.arange(depth_size[0])[None, :], np.arange(depth_size[1])[:, None]
+        grid = change_grid(*pixels, depth_size, size)
         return intrinsics, depth / ray_per_z(*grid, intrinsics), (u, v, metres / ray_per_z(u, v, intrinsics))
-
-    @staticmethod
-    def _on_image(columns, rows, depth_size, size):
-        """Pixels of the depth map -> px of the image, by pixel centres."""
-        return change_grid(columns, depth_size[0], size[0]), change_grid(rows, depth_size[1], size[1])
 
     def _depth_map(self, record: dict, size: tuple[int, int], scale: float, rotated: bool) -> np.ndarray:
         """(h, w) float32 metres; what lies outside the source's range is 0, as in the released reader."""
