@@ -117,6 +117,24 @@ def describe_first(source: Source, split: str) -> str:
     )
 
 
+def add_verify(commands) -> None:
+    parser = commands.add_parser("verify", help="are built shards and results still what was written?")
+    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="of `build`, `import` or `evaluate`")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(args) -> int:
+    from . import verify
+
+    problems = 0
+    for folder in args.folders:
+        for line in verify.verify_build(folder):
+            problems += line.startswith("problem: ")
+            print(line)
+    print(f"{problems} problems" if problems else "all as it was written")
+    return 1 if problems else 0
+
+
 def add_evaluate(commands) -> None:
     parser = commands.add_parser("evaluate", help="score a model on built test rows; under accelerate launch too")
     parser.add_argument("--model", required=True, metavar="NAME:CHECKPOINT", help="constant:2.0, or a checkpoint alone")
@@ -187,7 +205,17 @@ def summarise(record: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench", description="DepthVLM-Bench: 13 depth data sets, one schema")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_sources, add_check, add_build, add_import, add_evaluate, add_report, add_ablate, add_retention):
+    for add in (
+        add_sources,
+        add_check,
+        add_build,
+        add_import,
+        add_verify,
+        add_evaluate,
+        add_report,
+        add_ablate,
+        add_retention,
+    ):
         add(commands)
     args = parser.parse_args(argv)
     try:

@@ -3,8 +3,8 @@
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,5 +47,38 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Indented UTF-8; NaN and infinity, which JSON does not know, raise ValueError."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """Indented; NaN and infinity, which JSON does not know, raise ValueError."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@contextmanager
+def shared_folder(folder: Path, unfinished: Iterable[str]) -> Iterator[None]:
+    """
+    For the time that a process writes to a folder: whoever is alone there removes what killed ones left of open_whole.
+
+    unfinished: glob patterns, below the folder, of the names that open_whole gives. On a file system without locks of
+    folders (NFS), leftovers stay.
+    """
+    import fcntl  # Linux and macOS
+
+    descriptor = os.open(folder, os.O_RDONLY)
+
+    def remove_leftovers():
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for pattern in unfinished:
+                for path in folder.glob(pattern):
+                    path.unlink()
+
+    try:
+        remove_leftovers()
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+        remove_leftovers()
+    finally:
+        os.close(descriptor)

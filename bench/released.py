@@ -28,9 +28,31 @@ def scored_points(
     u, v = np.rint(columns * (canonical[0] / size[0])), np.rint(rows * (canonical[1] / size[1]))
     inside = (u < canonical[0]) & (v < canonical[1])
     columns, rows, metres, u, v = (values[inside] for values in (columns, rows, metres, u, v))
-    height, width = depth.shape  # the map is stretched by nearest, which takes the pixel below
-    there = depth[np.floor(v * (height / canonical[1])).astype(int), np.floor(u * (width / canonical[0])).astype(int)]
-    return columns, rows, np.where(there > 0, there, metres)
+    stretched = depth[nearest(v, depth.shape[0], canonical[1]), nearest(u, depth.shape[1], canonical[0])]
+    return columns, rows, np.where(stretched > 0, stretched, metres)
+
+
+def nearest(position: np.ndarray, size_from: int, size_to: int) -> np.ndarray:
+    """Index of the pixel that OpenCV's `resize(..., INTER_NEAREST)` puts at `position`, along one axis.
+
+    The step is the reciprocal of the scale, in double precision: `size_from / size_to` differs from it at some sizes.
+    """
+    return np.minimum(np.floor(position * (1 / (size_to / size_from))).astype(int), size_from - 1)
+
+
+def focal_length(recorded: float, size: tuple[int, int], canonical: tuple[int, int]) -> float:
+    """The focal length nearest to `recorded`, px with two decimals, that `size` (W, H) becomes `canonical` by.
+
+    The scorer takes a record's canonical size; rows hold a focal length. Raises ValueError if rounding to two decimals
+    does not explain the difference.
+    """
+    pairs = list(zip(size, canonical, strict=True))
+    low = max(CANONICAL_FOCAL_LENGTH * side / (length + 0.5) for side, length in pairs) * (1 + 1e-9)
+    high = min(CANONICAL_FOCAL_LENGTH * side / (length - 0.5) for side, length in pairs) * (1 - 1e-9)
+    focal = min(max(recorded, low), high)
+    if low > high or abs(focal - recorded) > 0.005 + 1e-6:
+        raise ValueError(f"canonical_size {canonical} is not {size} at a focal length of {recorded} px made 1000 px")
+    return focal
 
 
 def grid(depth: np.ndarray, focal_length: float) -> np.ndarray:

@@ -8,7 +8,7 @@ import pandas
 
 from . import metrics, released
 from .contestants._base import Contestant, Query
-from .geometry import change_grid, change_grid_intrinsics, ray_per_z
+from .geometry import change_grid, change_grid_intrinsics, ray_per_z, read_map
 
 FORMAT = "depthvlm-bench-results/1"  # of summary.json and the tables beside it
 
@@ -19,15 +19,6 @@ def as_asked(prediction: np.ndarray, u, v, intrinsics, given: str, asked: str) -
         return prediction
     factor = ray_per_z(u, v, intrinsics)
     return prediction * factor if asked == "ray" else prediction / factor
-
-
-def at_pixels(depth: np.ndarray, u: np.ndarray, v: np.ndarray, name: str) -> np.ndarray:
-    """Values of the pixels that (u, v) lie in."""
-    columns, rows = np.floor(u + 0.5).astype(int), np.floor(v + 0.5).astype(int)
-    height, width = depth.shape
-    if len(u) and not (columns.min() >= 0 and rows.min() >= 0 and columns.max() < width and rows.max() < height):
-        raise ValueError(f"{name} has points outside its image of {width}x{height} px; build its source again")
-    return depth[rows, columns].astype(np.float64)
 
 
 def check_map(depth: np.ndarray, query: Query) -> None:
@@ -46,7 +37,7 @@ def score_points(
         replies = []
         for query, depth in zip(queries, contestant.maps(prepared), strict=True):
             check_map(depth, query)
-            read = released.at_points(depth, query) if as_released else at_pixels(depth, *query.points.T, query.id)
+            read = released.at_points(depth, query) if as_released else read_map(depth, *query.points.T)
             replies.append([(value, "ok" if value > 0 and math.isfinite(value) else "invalid", "") for value in read])
     else:
         answers = contestant.answers(prepared)
@@ -82,15 +73,13 @@ def score_maps(contestant: Contestant, rows: list[dict], queries: list[Query], p
     for row, query, depth in zip(rows, queries, contestant.maps(prepared), strict=True):
         check_map(depth, query)
         label = np.asarray(row["depth"]).astype(np.float64) / row["depth_scale"]
-        (height, width), (image_width, image_height) = label.shape, query.image.size
-        u, v = np.meshgrid(
-            change_grid(np.arange(width), width, image_width), change_grid(np.arange(height), height, image_height)
-        )
-        prediction = at_pixels(depth, u, v, query.id)
+        size = label.shape[::-1]
+        u, v = change_grid(*np.meshgrid(*map(np.arange, size)), size, query.image.size)
+        prediction = depth if depth.shape == label.shape else read_map(depth, u, v)
         prediction = as_asked(prediction, u, v, query.intrinsics, contestant.quantity, row["depth_type"])
         labelled = label > 0
         to_z = ray_per_z(u, v, query.intrinsics) if row["depth_type"] == "ray" else 1.0
-        on_grid = change_grid_intrinsics(query.intrinsics, query.image.size, (width, height))
+        on_grid = change_grid_intrinsics(query.intrinsics, query.image.size, size)
         records.append(
             {"id": row["id"], "source": row["source"]}
             | metrics.scores(prediction[labelled], label[labelled])

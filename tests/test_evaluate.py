@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import datasets
 import numpy as np
 import pandas
 import pytest
+import scipy.ndimage
 import torch
 from PIL import Image
 
-from bench import evaluate, released
+from bench import evaluate, geometry, released, sampling, sources
 from bench.__main__ import main
 from bench.contestants._base import Answer, Contestant, Query
 from bench.contestants.constant import Constant
@@ -131,12 +133,94 @@ def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
     assert scored["metrics"]["delta1"] == pytest.approx(delta1, abs=1e-12)
 
 
-def test_a_point_is_read_in_the_pixel_that_it_lies_in(bench, tmp_path):
+def test_a_point_is_read_between_the_pixels_around_it(bench, tmp_path):
     run(Columns(), bench, tmp_path)
     found = predictions(tmp_path)
-    # the first pixel covers u from -0.5 to 0.5
-    expected = [1 + min(range(64), key=lambda column, u=u: abs(column - u)) for u in found.u]
-    assert found.prediction.tolist() == expected
+    # the first pixel's centre is at 0; left of it, and right of the last one's at 63, there is nothing to look between
+    expected = [1 + min(max(u, 0), 63) for u in found.u]
+    assert found.prediction.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_point_beside_a_hole_is_read_in_its_pixel(bench, tmp_path):
+    """Holes in every third column: no point has four pixels around it, or it lies on a row of whole ones."""
+
+    class Holes(Columns):
+        def maps(self, queries):
+            maps = [depth.copy() for depth in super().maps(queries)]
+            for depth in maps:
+                depth[:, 1::3] = math.nan
+                depth[:, 2::3] = -1
+            return maps
+
+    run(Holes(), bench, tmp_path)
+    found = predictions(tmp_path)
+    columns = np.floor(found.u + 0.5)
+    assert found.prediction[columns % 3 == 0].tolist() == (1 + columns[columns % 3 == 0]).tolist()
+    assert (found.status[columns % 3 > 0] == "invalid").all()
+
+
+def test_maps_are_read_as_torch_reads_them():
+    depth = hilly((64, 48), 0.5, 80, 0)
+    u, v = np.random.default_rng(1).uniform([[-0.5], [-0.5]], [[63.5], [47.5]], (2, 1000))
+    places = torch.tensor(np.stack([(2 * u + 1) / 64 - 1, (2 * v + 1) / 48 - 1], -1))[None, None]
+    torchs = torch.nn.functional.grid_sample(
+        torch.tensor(depth, dtype=torch.float64)[None, None], places, padding_mode="border", align_corners=False
+    )
+    assert geometry.read_map(depth, u, v) == pytest.approx(torchs[0, 0, 0].numpy(), rel=1e-9)
+    constant = np.full((48, 64), 1.6, np.float32)
+    assert set(geometry.read_map(constant, u, v)) == {float(np.float32(1.6))}  # 2.0 m stays 2.0 m to the last digit
+
+
+class Slope(Unloaded):
+    """The z-depth of a slanted plane at every pixel of the image: it is right everywhere."""
+
+    title, dense = "Slope", True
+
+    @staticmethod
+    def depth(u, v):
+        return 1 / (0.9 + 0.006 * u - 0.004 * v)
+
+    def maps(self, queries):
+        return [self.depth(*np.meshgrid(*map(np.arange, query.image.size))) for query in queries]
+
+
+@pytest.mark.parametrize("mode", ["points", "dense"])
+@pytest.mark.parametrize("depth_size", [(32, 24), (16, 12), (20, 15), (64, 48), (128, 96)])
+def test_a_plane_is_read_without_bias_whatever_the_depth_maps_size(tmp_path, mode, depth_size):
+    """As `build` and `import` write points: the centres of the depth map's pixels, and what these hold."""
+    row = make_row("alpha", 0, 0, depth_size=depth_size)
+    u, v = np.meshgrid(*((np.arange(n) + 0.5) * full / n - 0.5 for n, full in zip(depth_size, (64, 48), strict=True)))
+    within = (u >= 0) & (v >= 0) & (u <= 63) & (v <= 47)  # between centres
+    words = np.where(within, np.rint(Slope.depth(u, v) * 20_000), 0).astype(np.uint16)
+    row |= {"depth": Image.fromarray(words), "depth_scale": 20_000.0}
+    drawn = sampling.draw_points(words, 20_000.0, (64, 48), 10**6, "a")
+    row |= dict(zip(("points_u", "points_v", "points_depth"), drawn, strict=True))
+    bench = write_bench(tmp_path / "bench", alpha=[row])
+    run(Slope(), bench, tmp_path / "out", mode=mode)
+    if mode == "points":
+        found = predictions(tmp_path / "out")
+        bias = np.mean(found.prediction / found["gt"] - 1)
+        assert abs(bias) < 2e-5, bias
+    assert pandas.read_json(tmp_path / "out" / "summary.json", typ="series")["mean"]["abs_rel"] < 5e-5
+
+
+def test_points_of_annotations_are_read_without_bias(tmp_path):
+    """`import`, with a depth map of half the image's size."""
+    columns, rows = (axis.ravel().tolist() for axis in np.meshgrid(np.arange(32), np.arange(24)))
+    metres = Slope.depth(2 * np.array(columns) + 0.5, 2 * np.array(rows) + 0.5)
+    words = np.rint(metres.reshape(24, 32) * 1000).astype(np.uint16)
+    Image.fromarray(words).save(tmp_path / "depth.png")
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.png")
+    record = {"image": "image.png", "depth_path": "depth.png", "depth_scale": 1000, "original_rgb_size": [64, 48]}
+    record |= {"original_depth_size": [32, 24], "original_fx": 40.0, "canonical_size": [1600, 1200]}
+    record |= {"pixel_coords": list(zip(columns, rows, strict=True)), "depth": (words.ravel() / 1000).tolist()}
+    (tmp_path / "annotations.jsonl").write_text(json.dumps(record))
+    folders = ["--images", str(tmp_path), "--depths", str(tmp_path), "--source", "scannetpp"]
+    assert main(["import", str(tmp_path / "annotations.jsonl"), *folders, "--out", str(tmp_path / "data")]) == 0
+    run(Slope(), tmp_path / "data", tmp_path / "out")
+    found = predictions(tmp_path / "out")
+    bias = np.mean(found.prediction / found["gt"] - 1)  # what is left: millimetres, and the slope's curvature
+    assert len(found) == 32 * 24 and abs(bias) < 5e-5, bias
 
 
 def test_predictions_keep_every_point_in_order(bench, tmp_path):
@@ -220,8 +304,8 @@ def test_dense_scores_are_taken_on_the_depth_maps_grid(bench, tmp_path):
         words = np.asarray(row["depth"])
         values = []
         for y, x in np.argwhere(words > 0):
-            column = math.floor((x + 0.5) * 64 / 32 - 0.5 + 0.5)  # centre of a depth pixel, two image pixels wide
-            values.append(abs(column + 1 - words[y, x] / 1000) / (words[y, x] / 1000))
+            centre = (x + 0.5) * 64 / 32 - 0.5  # of a depth pixel, two image pixels wide
+            values.append(abs(centre + 1 - words[y, x] / 1000) / (words[y, x] / 1000))
         errors.append(sum(values) / len(values))
     scored = summary["sources"]["beta"]
     assert scored["metrics"]["abs_rel"] == pytest.approx(np.mean(errors), rel=1e-9)
@@ -288,6 +372,80 @@ def test_rows_as_released_and_corrected_ones_are_not_mistaken_for_each_other(tmp
         with pytest.raises(ValueError, match=remedy):
             run(Columns(), bench, tmp_path / "out", as_released=not made)
         run(Columns(), bench, tmp_path / f"out-{made}", as_released=made)
+
+
+# (W, H) of the image, of the depth map, and fx
+RELEASED_SETS = {
+    "ibims1": ((640, 480), (640, 480), 559.62),
+    "nuscenes": ((1600, 900), (1600, 900), 1266.42),
+    "nyuv2": ((561, 427), (561, 427), 518.86),
+    "scannetpp": ((1920, 1440), (256, 192), 1430.94),
+    "ddad": ((1936, 1216), (1936, 1216), 2181.54),
+}
+
+
+def hilly(size: tuple[int, int], low: float, high: float, seed) -> np.ndarray:
+    """Another depth at every pixel, (H, W) float32."""
+    return np.random.default_rng(seed).uniform(low, high, size[::-1]).astype(np.float32)
+
+
+class Hilly(Unloaded):
+    title, dense = "Hilly", True
+
+    def maps(self, queries):
+        return [hilly(query.image.size, 1.5, 4.0, query.image.size) for query in queries]
+
+
+@pytest.mark.parametrize("source", RELEASED_SETS)
+def test_as_released_is_the_released_scorer_restated(source, tmp_path):
+    """`import --as-released` and `evaluate --as-released` against the rules with OpenCV, on maps with holes."""
+    (width, height), depth_size, focal = RELEASED_SETS[source]
+    low, high = sources.get(source).depth_range
+    scale = {"scannetpp": 1000.0, "nyuv2": 8000.0, "ibims1": 65535 / 50}.get(source, 256.0)
+    canonical = [round(side * 1000 / focal) for side in (width, height)]
+    lines, means = [], []
+    for folder in ("images", "depths"):
+        (tmp_path / folder).mkdir()
+    for number in range(3):
+        random = np.random.default_rng([number, width])
+        words = np.rint(hilly(depth_size, 1.5, 4.0, [number, 7]) * scale).astype(np.uint16)
+        words[random.random(words.shape) < 0.4] = 0
+        words[random.random(words.shape) < 0.1] = np.uint16(min(65535, 1.5 * high * scale))  # too far
+        depth = words.astype(np.float32) / np.float32(scale)
+        depth[(depth < low) | (depth > high)] = 0
+        rows, columns = np.nonzero(depth)
+        picked = random.choice(len(rows), 200, replace=False)
+        points = np.column_stack([columns, rows])[picked].tolist()
+        metres = [round(float(depth[row, column]), 4) for column, row in points]
+        Image.new("RGB", (width, height)).save(tmp_path / "images" / f"{number}.png", compress_level=1)
+        Image.fromarray(words).save(tmp_path / "depths" / f"{number}.png", compress_level=1)
+        names = {"image": f"{number}.png", "depth_path": f"{number}.png", "depth_type": "z_depth"}
+        sizes = {"original_rgb_size": [width, height], "original_depth_size": depth_size, "canonical_size": canonical}
+        numbers = {"original_fx": focal, "depth_scale": scale, "pixel_coords": points, "depth": metres}
+        lines.append(json.dumps(names | sizes | numbers))
+
+        # the released rules
+        stretched = cv2.resize(depth, canonical, interpolation=cv2.INTER_NEAREST)
+        grid = [max(1, round(max(28, round(side / 28) * 28) / 32)) * 32 for side in canonical]
+        predicted = Image.fromarray(hilly((width, height), 1.5, 4.0, (width, height)))
+        predicted = np.asarray(predicted.resize(grid, Image.Resampling.BILINEAR))
+        right = []
+        for (x, y), fallback in zip(points, metres, strict=True):
+            column, row = round(x * (canonical[0] / width)), round(y * (canonical[1] / height))
+            if column >= canonical[0] or row >= canonical[1] or column >= grid[0] or row >= grid[1]:
+                continue
+            gt, p = float(stretched[row, column]) or fallback, float(predicted[row, column])
+            right.append(max(p / gt, gt / p) < 1.25)
+        means.append(sum(right) / len(right))
+
+    (tmp_path / "annotations.jsonl").write_text("\n".join(lines))
+    folders = ["--images", str(tmp_path / "images"), "--depths", str(tmp_path / "depths"), "--source", source]
+    command = ["import", str(tmp_path / "annotations.jsonl"), *folders, "--out", str(tmp_path / "data")]
+    assert main([*command, "--as-released", "--strict"]) == 0
+    summary = run(Hilly(), tmp_path / "data", tmp_path / "out", as_released=True)
+    assert summary["sources"][source]["images"] == 3
+    assert summary["sources"][source]["metrics"] == {"delta1": np.mean(means)}
+    assert 0.2 < np.mean(means) < 0.8
 
 
 def test_released_grid_has_the_sizes_found_in_the_released_code():
@@ -505,7 +663,7 @@ def test_depthvlm_scores_what_its_processor_and_model_say(bench, tmp_path):
     depth = contestant.processor.post_process_depth_estimation(outputs)[0]["predicted_depth"].numpy()
     found = predictions(tmp_path)
     found = found[(found.source == "beta") & (found["id"] == row["id"])]
-    expected = [depth[math.floor(v + 0.5), math.floor(u + 0.5)] for u, v in zip(found.u, found.v, strict=True)]
+    expected = scipy.ndimage.map_coordinates(depth.astype(np.float64), [found.v, found.u], order=1, mode="nearest")
     assert found.prediction.to_numpy() == pytest.approx(expected, rel=1e-4)
 
 
