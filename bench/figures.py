@@ -63,7 +63,7 @@ def panels(count: int, height: float, columns: int, xlabel: str) -> tuple[Figure
     """A figure of `count` panels of `height` inches that share their axes; the lowest of each column has labels."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = new_figure(WIDTH, rows * height + 0.3)
+    figure = new_figure(WIDTH, rows * max(height, 0.8) + 0.3)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for unused in axes[count:]:
         unused.remove()
@@ -77,7 +77,7 @@ def panels(count: int, height: float, columns: int, xlabel: str) -> tuple[Figure
 
 def heat_map(names: Sequence[str], columns: Sequence[str], values: np.ndarray, best: np.ndarray) -> Figure:
     """values, best: (names, columns); NaN: no score. Bold: the best of a column and what may equal it."""
-    figure = new_figure(WIDTH, 0.9 + 0.2 * len(names))
+    figure = new_figure(WIDTH, 1 + 0.2 * len(names))
     axes = figure.add_subplot()
     axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for row, column in np.argwhere(np.isfinite(values)):

@@ -20,7 +20,7 @@ from . import ablate, figures, intervals, metrics
 from .files import read_json, write_text
 from .paper import MEASURED, read_tables, table_of, vqa_rows
 from .results import Results, check_same_points, name_apart, protocol, read_results
-from .tables import Row, Score, Table, csv_text, latex, markdown, markdown_text, page
+from .tables import Row, Score, Table, csv_value, latex, markdown, markdown_text, page
 
 COLUMNS = ["protocol", "table", "from", "method", "against", "source", "metric", "value", "low", "high", "count"]
 COLUMNS += ["images", "images_of", "data"]  # of report.csv
@@ -192,8 +192,8 @@ def write(out: Path, notes: list[str], sections: list[tuple[str, list[Table | st
     write_text(out / "leaderboard.html", page(notes, [(title, blocks) for title, blocks in tables if blocks]))
     preamble = "% \\usepackage{booktabs}; intervals in brackets are those of report.md\n\n"
     write_text(out / "tables.tex", preamble + "\n".join(latex(table) for _, blocks in tables for table in blocks))
-    frame = pandas.DataFrame(records, columns=COLUMNS, dtype=object)  # a count beside None stays a whole number
-    frame = frame.map(lambda value: csv_text(value) if isinstance(value, str) else value)
+    lines = [[csv_value(record.get(column)) for column in COLUMNS] for record in records]
+    frame = pandas.DataFrame(lines, columns=COLUMNS, dtype=object)  # a count beside None stays a whole number
     write_text(out / "report.csv", frame.to_csv(index=False))
 
 

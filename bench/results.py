@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from . import scoring
 from .files import read_json
+from .manifest import read_record
 
 FILES = {  # mode -> the table of predictions, and the columns of it that are read
     "points": ("predictions.parquet", ["id", "source", "scene", "u", "v", "gt", "prediction", "status"]),
@@ -45,30 +46,33 @@ def read_results(folder: Path) -> Results:
     file = folder / "summary.json"
     summary = read_json(file, "pass a folder that `python -m bench evaluate` has finished")
     check_fields(file, summary)
+    try:
+        read_record(file)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from error
     dense = summary["protocol"]["mode"] == "dense"
     table = read_table(folder, summary)
     file, scores = folder / FILES["dense" if dense else "points"][0], {}
     rows = table.source.value_counts().to_dict()
-    told = {name: source["images" if dense else "points"] for name, source in summary["sources"].items()}
-    if rows != told:
-        raise ValueError(f"{file} has rows {rows}, but summary.json counts {told}; {REMEDY}")
-    for name, told in summary["sources"].items():
+    stated = {name: source["images" if dense else "points"] for name, source in summary["sources"].items()}
+    if rows != stated:
+        raise ValueError(f"{file} has rows {rows}, but summary.json counts {stated}; {REMEDY}")
+    for name, stated in summary["sources"].items():
         rows = table[table.source == name]
         try:
-            scored = (
-                scoring.of_images(rows.drop(columns="scene"))
-                if dense
-                else scoring.of_points(rows, summary["protocol"]["as_released"])
-            )
+            if dense:
+                scored = scoring.of_images(rows.drop(columns="scene"))
+            else:
+                scored = scoring.of_points(rows, summary["protocol"]["as_released"])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} cannot be scored ({error}); {REMEDY}") from error
         scores[name] = {"images": rows["id"].nunique()} | scored
-        check_same_scores(file, name, scores[name], told)
+        check_same_scores(file, name, scores[name], stated)
     table = table.astype({column: "category" for column in TEXT if column in table})  # a tenth of the memory
-    for metric, told in summary["mean"].items():
+    for metric, stated in summary["mean"].items():
         mean = scoring.mean_or_none([source["metrics"].get(metric) for source in scores.values()])
-        if not is_close(mean, told):
-            raise ValueError(f"{file} gives the mean {metric} {mean}, but summary.json says {told}; {REMEDY}")
+        if not is_close(mean, stated):
+            raise ValueError(f"{file} gives the mean {metric} {mean}, but summary.json says {stated}; {REMEDY}")
     return Results(folder, summary, table, scores)
 
 
@@ -127,16 +131,16 @@ def read_table(folder: Path, summary: dict) -> pandas.DataFrame:
     return table
 
 
-def check_same_scores(file: Path, source: str, scores: dict, told: dict) -> None:
+def check_same_scores(file: Path, source: str, scores: dict, stated: dict) -> None:
     """Raise ValueError where the summary's line of a source is not what the predictions give."""
-    same = {name: scores[name] == told[name] for name in ("images", "points", "counts")}
-    same["metrics"] = scores["metrics"].keys() == told["metrics"].keys() and all(
-        is_close(value, told["metrics"][metric]) for metric, value in scores["metrics"].items()
+    same = {name: scores[name] == stated[name] for name in ("images", "points", "counts")}
+    same["metrics"] = scores["metrics"].keys() == stated["metrics"].keys() and all(
+        is_close(value, stated["metrics"][metric]) for metric, value in scores["metrics"].items()
     )
     for name, equal in same.items():
         if not equal:
             raise ValueError(
-                f"{file} gives {name} {scores[name]} for {source}, but summary.json says {told[name]}; {REMEDY}"
+                f"{file} gives {name} {scores[name]} for {source}, but summary.json says {stated[name]}; {REMEDY}"
             )
 
 
@@ -172,11 +176,10 @@ def check_same_points(runs: list[Results]) -> None:
             rows = run.of(source)[columns]
             rows = rows.astype({column: str for column in TEXT if column in rows}).reset_index(drop=True)
             other, expected = first.setdefault(source, (run, rows))
-            hashes = [one.summary["data"][source]["hash"] for one in (run, other)]
-            if hashes[0] != hashes[1] or not rows.equals(expected):
-                what = (
-                    f"builds of {source} ({' and '.join(hashes)})" if hashes[0] != hashes[1] else f"points of {source}"
-                )
+            build, expected_build = (one.summary["data"][source]["hash"] for one in (run, other))
+            what = f"builds of {source} ({build} and {expected_build})" if build != expected_build else ""
+            what = what or ("" if rows.equals(expected) else f"points of {source}")
+            if what:
                 raise ValueError(
                     f"{run.folder} and {other.folder} scored different {what}; report them apart, or evaluate both on "
                     "the same build"

@@ -155,9 +155,11 @@ def page(notes: list[str], sections: list[tuple[str, list[Table]]]) -> str:
 # Text
 
 
-def csv_text(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    text = plain(text)
+def csv_value(value: str | float | None) -> str | float | None:
+    """A number as it is; text such that no spreadsheet takes it for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = plain(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
