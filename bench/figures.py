@@ -47,9 +47,10 @@ def save(figure: Figure, folder: Path, stem: str) -> str:
 
 
 def label(text: str, length: int = 36) -> str:
-    """Text of a results file, for a figure: short, and no formula."""
+    """Text of a results file, for a figure: of at most `length` characters, both its ends kept, and no formula."""
     text = plain(text)
-    text = text if len(text) <= length else f"{text[: length - 1]}…"
+    if len(text) > length:
+        text = f"{text[: length // 2 - 1]}…{text[-(length // 2) :]}"
     return text.replace("$", r"\$")
 
 
@@ -187,9 +188,10 @@ def contact_sheet(title: str, images: list[dict]) -> Figure:
         if "points" in item:
             u, v, error = item["points"]
             missing = np.isnan(error)
-            options = {"cmap": "coolwarm", "norm": norm, "edgecolors": "k", "linewidths": 0.3}
-            drawn = axes.scatter(u[~missing], v[~missing], s=9, c=error[~missing], **options)
-            axes.scatter(u[missing], v[missing], s=9, marker="x", c="k", linewidths=0.8)
+            size = np.clip(1500 / len(u), 2.5, 9)
+            options = {"cmap": "coolwarm", "norm": norm, "edgecolors": "k", "linewidths": 0.2}
+            drawn = axes.scatter(u[~missing], v[~missing], s=size, c=error[~missing], **options)
+            axes.scatter(u[missing], v[missing], s=size, marker="x", c="k", linewidths=0.8)
         else:
             drawn = axes.imshow(
                 item["errors"], cmap="coolwarm", norm=norm, extent=(-0.5, width - 0.5, height - 0.5, -0.5)

@@ -20,13 +20,14 @@ from . import ablate, figures, intervals, metrics
 from .files import read_json, write_text
 from .paper import MEASURED, read_tables, table_of, vqa_rows
 from .results import Results, check_same_points, name_apart, protocol, read_results
-from .tables import Row, Score, Table, csv_value, latex, markdown, markdown_text, page
+from .tables import Row, Score, Table, csv_value, latex, markdown, markdown_text, page, plain
 
 COLUMNS = ["protocol", "table", "from", "method", "against", "source", "metric", "value", "low", "high", "count"]
 COLUMNS += ["images", "images_of", "data"]  # of report.csv
 DEPTH_EDGES = (0, 1, 2, 3, 5, 10, 20, 40, 80, np.inf)  # metres
 RANGES = [f"{low}–{high}" if np.isfinite(high) else f"> {low}" for low, high in pairwise(DEPTH_EDGES)]
 WORST = 12  # images of a contact sheet
+PAGE = 60  # rows of a table that can be printed
 NO_ANSWER = "Points without an answer are wrong for δ1, whatever the protocol."
 INTERVALS = (
     f"In brackets: 95 % intervals by {intervals.RESAMPLES} bootstrap resamples of scenes, or of images where no scene "
@@ -168,7 +169,8 @@ def report(
     sections = []
     with matplotlib.rc_context(figures.STYLE):
         for number, (title, members) in enumerate(by_protocol.items(), 1):
-            group = Group(number, title, best_first(members), score_sources(members))
+            runs = best_first(members)
+            group = Group(number, title, runs, score_sources(runs))
             blocks = delta1_tables(group, paper, records) + charts(group, out) + score_table(group, records)
             blocks += pair_table(group, out, records)
             if group.mode() == "points":
@@ -190,8 +192,11 @@ def write(out: Path, notes: list[str], sections: list[tuple[str, list[Table | st
     write_text(out / "report.md", "\n\n".join(line.strip() for line in lines) + "\n")
     tables = [(title, [block for block in blocks if isinstance(block, Table)]) for title, blocks in sections]
     write_text(out / "leaderboard.html", page(notes, [(title, blocks) for title, blocks in tables if blocks]))
-    preamble = "% \\usepackage{booktabs}; intervals in brackets are those of report.md\n\n"
-    write_text(out / "tables.tex", preamble + "\n".join(latex(table) for _, blocks in tables for table in blocks))
+    printed = ["% needs \\usepackage{booktabs}"]
+    for table in (table for _, blocks in tables for table in blocks):
+        fits = len(table.rows) <= PAGE
+        printed.append(latex(table) if fits else f"% more than {PAGE} rows, in report.csv: {plain(table.title)}")
+    write_text(out / "tables.tex", "\n".join(printed))
     lines = [[csv_value(record.get(column)) for column in COLUMNS] for record in records]
     frame = pandas.DataFrame(lines, columns=COLUMNS, dtype=object)  # a count beside None stays a whole number
     write_text(out / "report.csv", frame.to_csv(index=False))
@@ -311,14 +316,13 @@ def score_table(group: Group, records: list[dict]) -> list[Table]:
     """Every metric and count of every run and source."""
     names = list(dict.fromkeys(m for run in group.runs for scores in run.scores.values() for m in scores["metrics"]))
     rows = []
-    for run in group.runs:
-        for source, scores in run.scores.items():
-            cells = [
-                group.scored[source].score(run, name) if name in scores["metrics"] else Score(None) for name in names
-            ]
+    for source, scored in group.scored.items():
+        for run in scored.runs:
+            scores = run.scores[source]
+            cells = [scored.score(run, name) if name in scores["metrics"] else Score(None) for name in names]
             counts = ", ".join(f"{count} {status}" for status, count in scores["counts"].items())
-            images = f"{scores['images']} of {group.scored[source].data()['images_of']}"
-            rows.append(Row([run.name, source], [images, counts, *cells]))
+            images = f"{scores['images']} of {scored.data()['images_of']}"
+            rows.append(Row([source, run.name], [images, counts, *cells]))
             for name, cell in zip(names, cells, strict=True):
                 records.append(entry(group, "scores", run, source, name, cell, count=scores["points"]))
     if group.runs[0].summary["protocol"]["as_released"]:
@@ -327,7 +331,7 @@ def score_table(group: Group, records: list[dict]) -> list[Table]:
         note = "Points without an answer are wrong for δ; errors are over the answered ones."
         note += " Means of the images' scores." if group.mode() == "dense" else ""
     notes = [note, data_note(group, list(group.scored))]
-    return [Table("All scores", ["method", "source"], ["images", "points", *names], rows, notes)]
+    return [Table("All scores", ["source", "method"], ["images", "points", *names], rows, notes)]
 
 
 def pair_table(group: Group, out: Path, records: list[dict]) -> list[Table | str]:
@@ -345,13 +349,13 @@ def pair_table(group: Group, out: Path, records: list[dict]) -> list[Table | str
             cells.append(replace(cell, best=is_beyond_chance(cell)))
             if both:
                 records.append(entry(group, "pairs", run, column, "delta1", cell, against=other.name))
-        rows.append(Row([run.name, other.name], cells))
+        rows.append(Row([f"{run.name} − {other.name}"], cells))
         matrix[run.name, other.name] = cells[-1]
     notes = [
-        "δ1 of the first less that of the second, by the paired bootstrap. Bold: beyond chance, one pair at a time.",
+        "By the paired bootstrap. Bold: beyond chance, one pair at a time.",
         data_note(group, list(group.scored)),
     ]
-    table = Table("Differences in δ1", ["method", "less"], list(columns), rows, notes)
+    table = Table("Differences in δ1", ["methods"], list(columns), rows, notes)
     if not shared:
         return [table]
     names = [run.name for run in group.runs]
@@ -423,8 +427,10 @@ def depth_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
                     records.append(entry(group, title, run, source, metric, cell, count=int(points[n])))
             if metric == "delta1":
                 lines[source] = values, bounds, points
-            columns = [f"{RANGES[n]} m ({points[n]} points)" for n in shown]
-            notes = [NO_ANSWER if metric == "delta1" else "Over the answered points.", data_note(group, [source])]
+            columns = [f"{RANGES[n]} m" for n in shown]
+            counts = f"Points: {', '.join(f'{RANGES[n]} m {points[n]}' for n in shown)}."
+            notes = [NO_ANSWER if metric == "delta1" else "Over the answered points.", counts]
+            notes.append(data_note(group, [source]))
             title = {"delta1": "δ1", "abs_rel": "AbsRel"}[metric]
             tables.append(Table(f"{title} by true depth: {source}", ["method"], columns, rows, notes))
     figure = figures.depth_lines([run.name for run in group.runs], RANGES, spread(group, lines))

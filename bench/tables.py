@@ -112,10 +112,10 @@ LATEX |= {"|": "$|$", "δ": r"$\delta$", "±": r"$\pm$", "–": "--", "…": r"\
 
 
 def latex(table: Table) -> str:
-    """A `table*` with booktabs' rules; intervals are small, behind the numbers."""
+    """A `table*` with booktabs' rules; intervals are small, below the numbers."""
     width = len(table.labels) + len(table.columns)
-    lines = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}"]
-    lines.append(rf"\caption{{{latex_text('. '.join([table.title, *table.notes]))}}}")
+    lines = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}\renewcommand{\arraystretch}{1.2}"]
+    lines.append(rf"\caption{{{latex_text(' '.join([f'{table.title}.', *table.notes]))}}}")
     lines.append(rf"\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(table.columns)}}}" + r" \toprule")
     if table.spans:
         spans = [rf"\multicolumn{{{columns}}}{{c}}{{{latex_text(name)}}}" for name, columns in table.spans]
@@ -134,7 +134,7 @@ def latex_cell(cell: Score | str) -> str:
     if isinstance(cell, str):
         return latex_text(cell)
     text = rf"\textbf{{{cell}}}" if cell.best else str(cell)
-    return rf"{text} {{\tiny {latex_text(cell.remark)}}}" if cell.remark else text
+    return rf"\shortstack[r]{{{text}\\\tiny {latex_text(cell.remark)}}}" if cell.remark else text
 
 
 def latex_text(text: str) -> str:
