@@ -6,7 +6,6 @@ Any number of builds may run in one folder at once: each file is written under a
 with the same bytes whoever writes it.
 """
 
-import contextlib
 import functools
 import inspect
 import io
@@ -14,14 +13,10 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -35,6 +30,7 @@ from tqdm import tqdm
 from . import manifest, sampling
 from .files import open_whole, shared_folder
 from .sources._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
+from .workers import Workers
 
 SHARD_IMAGES = 200
 ROW_GROUP_IMAGES = 100  # a viewer and a stream read a row group at a time
@@ -251,8 +247,7 @@ def write_shard(
 
     with open_whole(path) as file:
         hashes = _write_rows(file, arrow, rows())
-    record |= {"file": {"name": path.name} | manifest.fingerprint(path), "rows": hashes}
-    return manifest.write_record(_record_path(path), build | record)
+    return manifest.write_record_beside(path, build | record | {"rows": hashes})
 
 
 def _write_rows(file: IO, arrow: pa.Schema, rows: Iterator[dict]) -> dict[str, str]:
@@ -262,7 +257,7 @@ def _write_rows(file: IO, arrow: pa.Schema, rows: Iterator[dict]) -> dict[str, s
         for group in _row_groups(rows):
             table = pa.Table.from_pylist(group, arrow)
             writer.write_table(table)
-            hashes |= zip(table["id"].to_pylist(), manifest.row_hashes(table), strict=True)
+            hashes |= {row["id"]: manifest.row_hash(row) for row in table.to_pylist()}
     return hashes
 
 
@@ -280,24 +275,13 @@ def _row_groups(rows: Iterator[dict]) -> Iterator[list[dict]]:
 
 def _finished(path: Path, frames: str, build: dict) -> dict | None:
     """The record of a shard that is finished and as it was written; refused when it was made of something else."""
-    try:
-        record = manifest.read_record(_record_path(path))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        logger.warning("%s; the shard is built again", error)
+    record = manifest.record_beside(path)
+    if record is None:
         return None
     _check_parameters(path, record, build)
     if record["frames"] != frames:
         raise ValueError(f"{path} holds other frames than the raw folder lists now; give another --out or remove it")
-    if reason := manifest.difference(path, record["file"]):
-        logger.warning("%s; the shard is built again", reason)
-        return None
     return record
-
-
-def _record_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
 
 
 def write_split(
@@ -345,7 +329,7 @@ def write_split(
         sums = {key: sum(record[key] for record in records) for key in ("written", "pixels", "valid_pixels", "points")}
         if not sums["written"]:
             for path in paths:  # with --images or --raw put right, the same command has to read them again
-                _record_path(path).unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
             first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
             raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
@@ -376,7 +360,7 @@ def _begin(path: Path, build: dict) -> None:
     except FileNotFoundError:
         record = manifest.write_record(path, build | {"finished": False})
     except ValueError as error:
-        logger.warning("%s; it is written again", error)
+        logger.warning("%s; it is made again", error)
         record = manifest.write_record(path, build | {"finished": False})
     _check_parameters(path, record, build)
 
@@ -404,37 +388,13 @@ def _run(
         for path, items in tasks:
             yield path, write_shard(reader, arrow, path, items, build, strict)
         return
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_begin_worker)
     pending = {}
-    try:
+    with Workers(num_proc) as pool:  # when it ends by Ctrl-C or a refusal, finished shards stay
         for path, items in tasks:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that starts here is not yet silent
             pending[pool.submit(write_shard, reader, arrow, path, items, build, strict)] = path
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if len(pending) > 2 * num_proc:
                 for done in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(done), done.result()
         while pending:
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(done), done.result()
-        pool.shutdown()
-    except BaseException:  # Ctrl-C or a refusal: the shards in work are given up, finished ones stay
-        workers = set(multiprocessing.active_children()) - others
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.kill()
-        raise
-
-
-def _begin_worker() -> None:
-    """A worker ends by Ctrl-C without a word, and with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)

@@ -6,14 +6,15 @@ changed by accident, not that nobody did it on purpose.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
 
-import pyarrow as pa
-
 from .files import json_text, write_text
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint(path: Path) -> dict[str, int | str]:
@@ -66,18 +67,33 @@ def read_record(path: Path, older: bool = False) -> dict:
     return record
 
 
+def record_beside(file: Path) -> dict | None:
+    """The record FILE.json of a file, if both are as they were written; None, with a warning, if they are not."""
+    try:
+        record = read_record(file.with_suffix(".json"))
+    except FileNotFoundError:
+        return None  # the file is unfinished, if it is there
+    except ValueError as error:
+        logger.warning("%s; it is made again", error)
+        return None
+    if reason := difference(file, record["file"]):
+        logger.warning("%s; it is made again", reason)
+        return None
+    return record
+
+
+def write_record_beside(file: Path, content: dict) -> dict:
+    return write_record(file.with_suffix(".json"), content | {"file": {"name": file.name} | fingerprint(file)})
+
+
 def checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def row_hashes(rows: pa.Table) -> list[str]:
-    """SHA-256 of each row: of all its columns, an image by the hash of its file."""
-    hashes = []
-    for row in rows.to_pylist():
-        for name in ("image", "depth"):
-            row[name] = hashlib.sha256(row[name]["bytes"]).hexdigest()
-        hashes.append(checksum(json.dumps(row, sort_keys=True)))
-    return hashes
+def row_hash(row: dict) -> str:
+    """SHA-256 of a row as Arrow gives it: of all its columns, an image by the hash of its file."""
+    images = {name: row[name] and hashlib.sha256(row[name]["bytes"] or b"").hexdigest() for name in ("image", "depth")}
+    return checksum(json.dumps(row | images, sort_keys=True))
 
 
 def content_hash(hashes: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from scipy.spatial import cKDTree
 
+from .geometry import ray_per_z
+
 ERRORS = {  # of an answered point: what the errors are means of
     "abs_rel": lambda p, d: np.abs(p - d) / d,
     "sq_rel": lambda p, d: (p - d) ** 2 / d,
@@ -129,6 +131,27 @@ def from_sums(sums: np.ndarray) -> np.ndarray:
         "silog_std": 100 * np.sqrt(variance),
     }
     return np.stack([values[name] for name in METRICS], axis=-1)
+
+
+def map_scores(
+    prediction: np.ndarray, depth: np.ndarray, intrinsics: tuple[float, float, float, float], depth_type: str
+) -> dict[str, float | int | None]:
+    """
+    All scores of a map (h, w) at its pixels with ground truth, of which there is 0 where there is none: `scores`,
+    `boundary_f1` and `point_cloud_f_score`.
+
+    intrinsics: fx, fy, cx, cy in px of the map. depth_type: "z" or "ray", of both maps.
+    """
+    prediction = prediction.astype(np.float64)
+    labelled = depth > 0
+    to_z = 1.0
+    if depth_type == "ray":
+        to_z = ray_per_z(*np.meshgrid(*map(np.arange, depth.shape[::-1])), intrinsics)
+    of_maps = {
+        "boundary_f1": boundary_f1(prediction, depth),
+        "point_cloud_f_score": point_cloud_f_score(prediction / to_z, depth / to_z, intrinsics),
+    }
+    return scores(prediction[labelled], depth[labelled]) | of_maps
 
 
 def boundary_f1(prediction: np.ndarray, depth: np.ndarray) -> float:

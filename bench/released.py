@@ -4,7 +4,6 @@ import numpy as np
 import pandas
 from PIL import Image
 
-from .contestants._base import Query
 from .metrics import is_right
 
 CANONICAL_FOCAL_LENGTH = 1000  # px
@@ -62,18 +61,20 @@ def grid(depth: np.ndarray, focal_length: float) -> np.ndarray:
     return np.asarray(Image.fromarray(depth.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def at_points(depth: np.ndarray, query: Query) -> np.ndarray:
-    """Predictions where the released scorer looks: canonical coordinates on a grid of another size; NaN outside."""
-    width, height = query.image.size
+def at_points(depth: np.ndarray, points: np.ndarray, focal_length: float) -> np.ndarray:
+    """Predictions where the released scorer looks: canonical coordinates on a grid of another size; NaN outside.
+
+    depth: (H, W), of the image's size; points: (N, 2), px of the image.
+    """
     u, v = (
-        np.rint(at * (round(side * CANONICAL_FOCAL_LENGTH / query.intrinsics[0]) / side)).astype(int)
-        for at, side in zip(query.points.T, (width, height), strict=True)
+        np.rint(coordinate * (round(side * CANONICAL_FOCAL_LENGTH / focal_length) / side)).astype(int)
+        for coordinate, side in zip(points.T, depth.shape[::-1], strict=True)
     )
-    resized = grid(depth, query.intrinsics[0])
-    there = (u < resized.shape[1]) & (v < resized.shape[0])
-    found = np.full(len(u), np.nan)
-    found[there] = resized[v[there], u[there]]
-    return found
+    resized = grid(depth, focal_length)
+    inside = (u < resized.shape[1]) & (v < resized.shape[0])
+    values = np.full(len(u), np.nan)
+    values[inside] = resized[v[inside], u[inside]]
+    return values
 
 
 def delta1_by_image(table: pandas.DataFrame) -> pandas.Series:

@@ -134,12 +134,12 @@ def inside(root: Path, *parts: str) -> Path:
     return path
 
 
-def open_image(data: bytes, name: str) -> Image.Image:
+def open_image(data: bytes, name: str, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
     """Open, but do not decode, an encoded image; its size is checked first. Raises BadFrame."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise BadFrame(f"{name} is not a readable JPEG or PNG ({error})") from error
+        raise BadFrame(f"{name} is not a readable {' or '.join(formats)} ({error})") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadFrame(f"{name} is {width}x{height}, more than {MAX_PIXELS} pixels; refused as a decompression bomb")
