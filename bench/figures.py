@@ -173,12 +173,13 @@ def scene_strips(names: Sequence[str], sources: dict[str, np.ndarray]) -> Figure
 def contact_sheet(title: str, images: list[dict]) -> Figure:
     """Images with the error of each point or pixel: ln(predicted / true), blue too near, red too far.
 
-    images: dicts of `image` (PIL), `caption`, and either `points` (u, v, error), NaN for no answer, or `errors` (H, W),
-    NaN where there is no ground truth.
+    images: dicts of `image` (PIL), `caption`, and either `points` (u, v, error) or `errors` (h, w) with `labelled`,
+    where there is ground truth. Errors are NaN without an answer.
     """
     columns = min(4, len(images))
     figure = new_figure(WIDTH, 0.5 + 1.75 * -(-len(images) // columns))
     norm = matplotlib.colors.Normalize(-np.log(2), np.log(2))
+    colours = matplotlib.colormaps["coolwarm"].with_extremes(bad="k")
     for place, item in enumerate(images, 1):
         axes = figure.add_subplot(-(-len(images) // columns), columns, place)
         width, height = item["image"].size
@@ -189,12 +190,17 @@ def contact_sheet(title: str, images: list[dict]) -> Figure:
             u, v, error = item["points"]
             missing = np.isnan(error)
             size = np.clip(1500 / len(u), 2.5, 9)
-            options = {"cmap": "coolwarm", "norm": norm, "edgecolors": "k", "linewidths": 0.2}
+            options = {"cmap": colours, "norm": norm, "edgecolors": "k", "linewidths": 0.2}
             drawn = axes.scatter(u[~missing], v[~missing], s=size, c=error[~missing], **options)
             axes.scatter(u[missing], v[missing], s=size, marker="x", c="k", linewidths=0.8)
         else:
             drawn = axes.imshow(
-                item["errors"], cmap="coolwarm", norm=norm, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+                item["errors"],
+                cmap=colours,
+                norm=norm,
+                alpha=item["labelled"].astype(float),
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                interpolation="nearest",
             )
         axes.set_title(item["caption"], fontsize=5.5)
         axes.set_axis_off()

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
 
+import datasets
 import matplotlib
 import numpy as np
 import pandas
+import pyarrow.parquet
 
-from . import ablate, figures, intervals, metrics
+from . import ablate, figures, intervals, metrics, scoring
 from .files import read_json, write_text
 from .paper import MEASURED, read_tables, table_of, vqa_rows
 from .results import Results, check_same_points, name_apart, protocol, read_results
+from .rows import contents_of, open_sources, read_row
 from .tables import Row, Score, Table, csv_value, latex, markdown, markdown_text, page, plain
 
 COLUMNS = ["protocol", "table", "from", "method", "against", "source", "metric", "value", "low", "high", "count"]
@@ -173,10 +176,12 @@ def report(
             group = Group(number, title, runs, score_sources(runs))
             blocks = delta1_tables(group, paper, records) + charts(group, out) + score_table(group, records)
             blocks += pair_table(group, out, records)
-            if group.mode() == "points":
-                blocks += depth_tables(group, out, records) + scene_tables(group, out, records)
-                blocks += camera_tables(group, data, records)
-            blocks += worst_images(group, out, data)
+            blocks += depth_tables(group, out, records) + scene_tables(group, out, records)
+            if data is None:
+                blocks.append("Scores by camera and the worst images are left out: give `--data DIR_OR_ID`.")
+            else:
+                rows = evaluated_rows(group, data)
+                blocks += camera_tables(group, rows, records) + worst_images(group, out, rows)
             sections.append((f"Protocol {number}: {title}", blocks))
     sections.append(("Other tables of the paper" if paper else "Other tables", others))
     write(out, notes, sections, records)
@@ -390,21 +395,25 @@ def charts(group: Group, out: Path) -> list[str]:
 # Breakdowns
 
 
-def rights(scored: Scored) -> tuple[np.ndarray, np.ndarray]:
-    """(runs, rows, 2) whether each point is right, and 1; (runs, rows, 2) its relative error, and whether answered."""
-    terms = [
-        metrics.point_terms(table.prediction.to_numpy(float), table["gt"].to_numpy(float))
-        for table in (run.of(scored.source) for run in scored.runs)
-    ]
-    names = metrics.TERMS.index
-    right, points, error, answered = (
-        np.stack([term[:, names(name)] for term in terms]) for name in ("delta1", "points", "abs_rel", "answered")
-    )
-    return np.stack([right, points], axis=-1), np.stack([error, answered], axis=-1)
+def point_terms(run: Results, source: str, names: Sequence[str]) -> np.ndarray:
+    """(rows, names): some of `metrics.TERMS` at each point."""
+    table = run.of(source)
+    terms = metrics.point_terms(table.prediction.to_numpy(float), table["gt"].to_numpy(float))
+    return terms[:, [metrics.TERMS.index(name) for name in names]]
+
+
+def delta1_terms(group: Group, scored: Scored) -> np.ndarray:
+    """(runs, rows, 2): what δ1 is a ratio of sums of, per row: right points and points; of images, their δ1 and 1."""
+    if group.mode() == "points":
+        return np.stack([point_terms(run, scored.source, ("delta1", "points")) for run in scored.runs])
+    values = np.stack([run.of(scored.source).delta1.to_numpy(float) for run in scored.runs])
+    return np.stack([np.nan_to_num(values), ~np.isnan(values)], axis=-1)
 
 
 def depth_tables(group: Group, out: Path, records: list[dict]) -> list[Table | str]:
     """δ1 and AbsRel over ranges of the true depth, of each source by itself."""
+    if group.mode() == "dense":
+        return ["Scores by depth are left out: they need results of `--mode points`."]
     tables, lines = [], {}
     for source, scored in group.scored.items():
         depth = scored.runs[0].of(source)["gt"].to_numpy(float)
@@ -412,9 +421,10 @@ def depth_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
         points = np.bincount(ranges, minlength=len(RANGES))
         shown = np.flatnonzero(points)
         keys = scored.units * len(RANGES) + ranges
-        for metric, terms in zip(("delta1", "abs_rel"), rights(scored), strict=True):
+        for metric, terms in {"delta1": ("delta1", "points"), "abs_rel": ("abs_rel", "answered")}.items():
             shape = (scored.count(), len(RANGES), 2)
-            sums = [intervals.sums_by(keys, run, math.prod(shape[:2])).reshape(shape) for run in terms]
+            by_run = [point_terms(run, source, terms) for run in scored.runs]
+            sums = [intervals.sums_by(keys, values, math.prod(shape[:2])).reshape(shape) for values in by_run]
             sums = np.stack(sums, axis=1)  # units, runs, ranges, 2
             values = intervals.means(sums.sum(axis=0))[..., 0]
             bounds = intervals.bounds(intervals.means(intervals.resample(sums, source))[..., 0], scored.count())
@@ -454,7 +464,7 @@ def finite(value: float) -> float | None:
 
 
 def breakdown(
-    scored: Scored, labels: np.ndarray, units: np.ndarray
+    group: Group, scored: Scored, labels: np.ndarray, units: np.ndarray
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """δ1 by label: the labels in order, (labels, runs) scores, their (2, ...) bounds, and how many images each has.
 
@@ -462,7 +472,7 @@ def breakdown(
     """
     codes, names = pandas.factorize(labels, sort=True)
     pairs, keys = np.unique(np.stack([codes, units]), axis=1, return_inverse=True)
-    terms, _ = rights(scored)
+    terms = delta1_terms(group, scored)
     sums = np.stack([intervals.sums_by(keys, run) for run in terms], axis=1)  # (label and unit), runs, 2
     values, bounds = np.empty((2, len(names), len(scored.runs))), np.empty((2, len(names), len(scored.runs)))
     for code, name in enumerate(names):
@@ -482,7 +492,7 @@ def scene_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
         if scored.scenes < 2:
             continue
         labels = table.scene.astype(str).replace("", "without a scene").to_numpy(object)
-        names, values, bounds, images = breakdown(scored, labels, pandas.factorize(table["id"])[0])
+        names, values, bounds, images = breakdown(group, scored, labels, pandas.factorize(table["id"])[0])
         rows = []
         for index, run in enumerate(scored.runs):
             cells = [
@@ -510,84 +520,108 @@ def scene_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
     return [f"![δ1 by scene]({figures.save(figure, out, f'scenes-{group.number}')})", *tables]
 
 
-def camera_tables(group: Group, data: str | None, records: list[dict]) -> list[Table | str]:
+def camera_tables(group: Group, rows: dict[str, datasets.Dataset], records: list[dict]) -> list[Table]:
     """δ1 by camera, of each source that was taken with several."""
-    if data is None:
-        return ["Scores by camera and the worst images are left out: give `--data DIR_OR_ID`, what was evaluated."]
     tables = []
     for source, scored in group.scored.items():
-        cameras = dict(zip(*(evaluated_rows(data, scored)[name] for name in ("id", "camera")), strict=True))
+        cameras = dict(zip(rows[source]["id"], rows[source]["camera"], strict=True))
         labels = scored.runs[0].of(source)["id"].astype(str).map(cameras).replace("", "unnamed").to_numpy(object)
-        names, values, bounds, images = breakdown(scored, labels, scored.units)
+        names, values, bounds, images = breakdown(group, scored, labels, scored.units)
         if len(names) < 2:
             continue
-        rows = []
+        lines = []
         for index, run in enumerate(scored.runs):
             cells = [score_of(float(values[n, index]), *bounds[:, n, index]) for n in range(len(names))]
-            rows.append(Row([run.name], cells))
+            lines.append(Row([run.name], cells))
             for name, cell, count in zip(names, cells, images, strict=True):
                 records.append(entry(group, f"camera {name}", run, source, "delta1", cell) | {"images": int(count)})
         columns = [f"{name} ({count} images)" for name, count in zip(names, images, strict=True)]
         notes = [NO_ANSWER, data_note(group, [source])]
-        tables.append(Table(f"δ1 by camera: {source}", ["method"], columns, rows, notes))
+        tables.append(Table(f"δ1 by camera: {source}", ["method"], columns, lines, notes))
     return tables
 
 
 # Pictures
 
 
-def evaluated_rows(data: str, scored: Scored):
-    """The rows of `data` that were scored. Raises ValueError where it has not all of them."""
-    from .rows import open_test_rows
+def evaluated_rows(group: Group, data: str) -> dict[str, datasets.Dataset]:
+    """The rows that a group scored, by source. Raises ValueError where `data` holds others."""
+    opened = open_sources(data, list(group.scored))
+    contents = contents_of(data, opened, group.runs[0].summary["protocol"]["as_released"])
+    for source, scored in group.scored.items():
+        evaluated, given = scored.data()["hash"], contents[source].hash
+        if evaluated != given:
+            raise ValueError(
+                f"{scored.runs[0].folder} was evaluated on other rows of {source} (hash {evaluated[:12]}) than {data} "
+                f"holds ({given[:12]}); pass --data with the former"
+            )
+    return opened
 
-    rows, folder = open_test_rows(data, scored.source), scored.runs[0].folder
-    missing = set(scored.runs[0].of(scored.source)["id"]) - set(rows["id"] if rows else [])
-    if missing:
-        raise ValueError(
-            f"{data} has no image {min(missing)!r} in {scored.source}; pass --data that {folder} was made from"
-        )
-    return rows
 
-
-def worst_images(group: Group, out: Path, data: str | None) -> list[str]:
-    if data is None or group.mode() == "dense":
-        return []
-    lines = ["### Worst images", "Lowest δ1 first, then by the mean of |ln p - ln d|. Crosses: no answer."]
-    opened = {source: evaluated_rows(data, scored) for source, scored in group.scored.items()}
-    places = {source: {name: place for place, name in enumerate(rows["id"])} for source, rows in opened.items()}
+def worst_images(group: Group, out: Path, rows: dict[str, datasets.Dataset]) -> list[str]:
+    """Contact sheets of each run's worst images, with the error of each point, or pixel where maps were kept."""
+    lines = ["### Worst images", "Lowest δ1 first, then by the mean error. Crosses, and black: no answer."]
+    places = {source: {name: place for place, name in enumerate(of["id"])} for source, of in rows.items()}
     for number, run in enumerate(group.runs, 1):
         images = []
         for source, name in worst_first(run.table)[:WORST]:
-            rows = run.of(source)
-            image = opened[source][places[source][name]]["image"]
-            images.append({"image": image} | point_errors(rows[rows["id"] == name], f"{source}/{name}"))
+            row, query = read_row(rows[source], places[source][name], np.zeros(0, int), group.mode())
+            errors = point_errors(run, row) if group.mode() == "points" else map_errors(run, row)
+            images.append({"image": query.image} | errors)
         file = figures.save(figures.contact_sheet(run.name, images), out, f"worst-{group.number}-{number}")
         lines.append(f"{markdown_text(run.name)}:\n\n![worst images of {markdown_text(run.name)}]({file})")
     return lines
 
 
-def point_errors(rows: pandas.DataFrame, name: str) -> dict:
-    """`points` and `caption` of an image, for `figures.contact_sheet`."""
-    prediction, depth = rows.prediction.to_numpy(float), rows["gt"].to_numpy(float)
-    answered = metrics.is_answer(prediction)
-    error = np.log(np.where(answered, prediction, np.nan)) - np.log(depth)
-    right = int(metrics.point_terms(prediction, depth)[:, metrics.TERMS.index("delta1")].sum())
-    worst = int(np.argmax(np.where(answered, np.abs(error), np.inf)))
-    answer = f"{prediction[worst]:.2f}" if answered[worst] else rows.status.iloc[worst]
-    counts = f"{right} of {len(rows)} right; worst {answer} for {depth[worst]:.2f} m"
-    caption = f"{figures.label(name)}\n{figures.label(counts, 60)}"
-    return {"points": (rows.u.to_numpy(float), rows.v.to_numpy(float), error), "caption": caption}
-
-
 def worst_first(table: pandas.DataFrame) -> list[tuple[str, str]]:
-    """(source, id) of all images; no answer at all is worst."""
-    terms = metrics.point_terms(table.prediction.to_numpy(float), table["gt"].to_numpy(float))
-    kept = terms[:, metrics.TERMS.index("answered")] > 0
-    error = np.where(kept, np.abs(terms[:, metrics.TERMS.index("log")]), np.nan)
-    scored = table[["source", "id"]].assign(right=terms[:, metrics.TERMS.index("delta1")], error=error)
-    means = scored.groupby(["source", "id"], observed=True)[["right", "error"]].mean()
-    means = means.assign(error=means.error.fillna(np.inf))
-    return list(means.sort_values(["right", "error"], ascending=[True, False], kind="stable").index)
+    """(source, id) of all images; no answer at all is worst. table: of points or of images."""
+    if "gt" in table:
+        terms = metrics.point_terms(table.prediction.to_numpy(float), table["gt"].to_numpy(float))
+        right, kept, log = (terms[:, metrics.TERMS.index(name)] for name in ("delta1", "answered", "log"))
+        table = table[["source", "id"]].assign(delta1=right, error=np.where(kept > 0, np.abs(log), np.nan))
+        table = table.groupby(["source", "id"], observed=True)[["delta1", "error"]].mean().reset_index()
+    else:
+        table = table[["source", "id", "delta1"]].assign(error=table.abs_rel)
+    table = table.assign(error=table.error.fillna(np.inf)).sort_values(["source", "id"])
+    table = table.sort_values(["delta1", "error"], ascending=[True, False], kind="stable")
+    return list(zip(table.source, table["id"], strict=True))
+
+
+def point_errors(run: Results, row: dict) -> dict:
+    """`points` and `caption` of an image, for `figures.contact_sheet`."""
+    table = run.of(row["source"])
+    table = table[table["id"] == row["id"]]
+    prediction, depth = table.prediction.to_numpy(float), table["gt"].to_numpy(float)
+    answered = metrics.is_answer(prediction)
+    error = log_errors(prediction, depth)
+    right = int(metrics.is_right(prediction[answered], depth[answered]).sum())
+    worst = int(np.argmax(np.where(answered, np.abs(error), np.inf)))
+    answer = f"{prediction[worst]:.2f}" if answered[worst] else table.status.iloc[worst]
+    caption = f"{right} of {len(table)} right; worst {answer} for {depth[worst]:.2f} m"
+    return {"points": (table.u.to_numpy(float), table.v.to_numpy(float), error), "caption": captioned(row, caption)}
+
+
+def map_errors(run: Results, row: dict) -> dict:
+    """`errors` and `caption` of an image, from its saved map."""
+    file = pyarrow.parquet.ParquetFile(run.folder / "maps" / f"{row['source']}.parquet")
+    place = file.read(["id"])["id"].to_pylist().index(row["id"])  # a row group each
+    (stored,) = file.read_row_group(place).to_pylist()
+    prediction, depth = scoring.stored_map(stored).astype(float), row["depth"] / row["depth_scale"]
+    answered = metrics.is_answer(prediction[depth > 0])
+    right = metrics.is_right(prediction[depth > 0][answered], depth[depth > 0][answered])
+    caption = f"δ1 {right.sum() / len(answered):.3f} of {len(answered)} pixels"
+    return {"errors": log_errors(prediction, depth), "labelled": depth > 0, "caption": captioned(row, caption)}
+
+
+def log_errors(prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """ln(prediction / depth); NaN without an answer or truth."""
+    known = metrics.is_answer(prediction) & (depth > 0)
+    return np.log(np.where(known, prediction, np.nan)) - np.log(np.where(known, depth, np.nan))
+
+
+def captioned(row: dict, text: str) -> str:
+    name = figures.label(f"{row['source']}/{row['id']}")
+    return f"{name}\n{figures.label(text, 60)}"
 
 
 # Tables of other results

@@ -178,7 +178,9 @@ def read_summary(folder: Path) -> dict:
     try:
         summary = manifest.read_record(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no summary.json; pass a folder that `evaluate` has finished") from error
+        raise ValueError(
+            f"{folder} has no summary.json; pass a folder that `python -m bench evaluate` has finished"
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}; {remedy}") from error
     if summary.get("format") != FORMAT:

@@ -9,11 +9,12 @@ import re
 import shutil
 import subprocess
 
-import datasets
 import numpy as np
 import pandas
 import pytest
 from PIL import Image
+from test_evaluate import Unloaded, make_row, write_bench
+from test_evaluate import run as evaluate_run
 
 from bench import contestants, figures, manifest, metrics, paper, tables
 from bench.report import add_report, report, worst_first
@@ -75,9 +76,11 @@ def write_run(
         "protocol": {"mode": "points", "as_released": False, "data": str(folder)} | protocol,
         "versions": {},
         "sources": scored,
-        "mean": {"delta1": float(np.mean([own["metrics"]["delta1"] for own in scored.values()]))},
+        "mean": {},
         "data": {name: {"hash": hashlib.sha256(name.encode()).hexdigest(), "images_of": images_of} for name in sources},
     }
+    for metric in scored[sources[0]]["metrics"]:
+        summary["mean"][metric] = float(np.mean([own["metrics"][metric] for own in scored.values()]))
     folder.mkdir()
     table.to_parquet(folder / "predictions.parquet", index=False)
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -203,7 +206,8 @@ def test_dense_results(tmp_path):
     pandas.DataFrame(images).to_parquet(run / "images.parquet")
     means = {"delta1": 0.5, "boundary_f1": 0.25, "point_cloud_f_score": None}
     scored = {"images": 3, "points": 30, "counts": {"invalid": 1, "ok": 29}, "metrics": means}
-    summary |= {"sources": {"ibims1": scored}, "mean": {"delta1": 0.5}}
+    scored["images_with"] = {"delta1": 3, "boundary_f1": 1, "point_cloud_f_score": 0}
+    summary |= {"sources": {"ibims1": scored}, "mean": means}
     (run / "summary.json").write_text(json.dumps(summary))
     text = report([seal(run)], tmp_path / "out", paper=True).read_text()
     assert (
@@ -247,8 +251,7 @@ def test_other_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="scored different points of ibims1"):
         report(runs, tmp_path / "out", paper=False)
     other = write_run(tmp_path / "c", "C", constant)
-    broken(lambda summary: summary["data"]["scannetpp"].update(hash="0123"))(other)
-    seal(other)
+    sealed(lambda summary: summary["data"]["scannetpp"].update(hash="0123"))(other)
     with pytest.raises(ValueError, match=r"scored different builds of scannetpp \(0123 and"):
         report([runs[0], other], tmp_path / "out", paper=False)
 
@@ -330,45 +333,48 @@ def test_scenes(tmp_path):
     assert not records["scene room 0"]["low"]  # one image says nothing about others
 
 
-def write_data(folder, monkeypatch) -> str:
-    """A built benchmark, as far as the report reads it: three images of each source, two cameras."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-    picture = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (48, 1, 3)))
-    features = datasets.Features(
-        {"id": datasets.Value("string"), "camera": datasets.Value("string"), "image": datasets.Image()}
-    )
-    configs = ""
-    for source in ("ibims1", "scannetpp"):
-        rows = {"id": [f"{source}-{image}" for image in range(3)], "camera": ["left", "right", "left"]}
-        rows["image"] = [picture] * 3
-        (folder / source).mkdir(parents=True)
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / source / "test-00000.parquet")
-        configs += f"- config_name: {source}\n  data_files:\n  - split: test\n    path: {source}/test-*.parquet\n"
-    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    return str(folder)
-
-
 @pytest.mark.usefixtures("pictures")
-def test_worst_images_and_cameras(tmp_path, monkeypatch):
-    data = write_data(tmp_path / "data", monkeypatch)
+@pytest.mark.parametrize("mode", ["points", "dense"])
+def test_worst_images_and_cameras(tmp_path, mode):
+    """From a benchmark of two cameras, through `evaluate`: the second image is twice too near, the third unanswered."""
+    rows = [make_row("alpha", index, 8, depth_size=(64, 48)) | {"camera": "lr"[index % 2]} for index in range(4)]
+    data = write_bench(tmp_path / "data", alpha=rows, beta=[make_row("beta", 7, 8)])
 
-    def predict(table):
-        prediction = table["gt"].copy()
-        prediction[table["id"] == "ibims1-1"] *= 2
-        prediction[table["id"] == "scannetpp-2"] *= 3
-        prediction[table["id"] == "scannetpp-0"] = np.nan
-        return prediction
+    class Knows(Unloaded):
+        title, dense = "Knows", True
 
-    run = write_run(tmp_path / "a", "A", predict)
-    order = worst_first(read_results(run).table)
-    assert order[:3] == [("scannetpp", "scannetpp-0"), ("scannetpp", "scannetpp-2"), ("ibims1", "ibims1-1")]
-    text = report([run], tmp_path / "out", paper=False, data=data).read_text()
+        def maps(self, queries):
+            maps = []
+            for query in queries:
+                index = int(query.id[-3:])
+                if mode == "dense":
+                    words = np.asarray((rows[index] if index < 4 else make_row("beta", 7, 8))["depth"])
+                    depth = np.kron(words, np.ones((48 // words.shape[0],) * 2)) / 1000
+                else:
+                    depth = np.full((48, 64), 2.0)
+                maps.append((depth * {1: 0.5, 2: np.nan}.get(index, 1)).astype(np.float32))
+            return maps
+
+    evaluate_run(Knows(), data, tmp_path / "run", mode=mode)
+    table = read_results(tmp_path / "run").table
+    order = worst_first(table)
+    assert order[0] == ("alpha", "row-002") and len(order) == 5
+    assert mode == "points" or order[1] == ("alpha", "row-001")
+    text = report([tmp_path / "run"], tmp_path / "out", paper=False, data=str(data)).read_text()
     assert (tmp_path / "out" / "worst-1-1.png").stat().st_size > 5000
-    cells = next(line for line in text.split("by camera: ibims1")[1].splitlines() if line.startswith("| A"))
-    assert [value_of(cell) for cell in cells.split(" | ")[1:]] == [1.0, 0.0]
-    other = write_run(tmp_path / "b", "B", predict, images=4, images_of=4)
-    with pytest.raises(ValueError, match="data has no image 'ibims1-3' in ibims1; pass --data that .*/b was made from"):
-        report([other], tmp_path / "out", paper=False, data=data)
+    cells = next(line for line in text.split("by camera: alpha")[1].splitlines() if line.startswith("| Knows"))
+    left, right = (value_of(cell) for cell in cells.split(" | ")[1:3])
+    means = table[table.source == "alpha"].assign(camera=table["id"].astype(str).str[-1].astype(int) % 2)
+    if mode == "dense":
+        assert (left, right) == (0.5, 0.5)  # rows 0 and 2, 1 and 3
+    else:
+        ratio = np.maximum(means.prediction / means["gt"], means["gt"] / means.prediction)
+        expected = (ratio < 1.25).groupby(means.camera).mean()
+        assert (left, right) == pytest.approx((expected[0], expected[1]), abs=6e-4)
+    assert "by camera: beta" not in text  # it has one
+    other = write_bench(tmp_path / "other", alpha=rows[:3], beta=[make_row("beta", 7, 8)])
+    with pytest.raises(ValueError, match="was evaluated on other rows of alpha .hash .*; pass --data with the former"):
+        report([tmp_path / "run"], tmp_path / "out", paper=False, data=str(other))
 
 
 # Other results
@@ -460,50 +466,43 @@ def broken(change):
     return apply
 
 
+def sealed(change):
+    """The same with the checksum that belongs to it."""
+    return lambda folder: (broken(change)(folder), seal(folder))
+
+
 def predictions(change):
-    """Other predictions, with the hashes and the checksum that belong to them."""
-
-    def apply(folder):
-        change(pandas.read_parquet(folder / "predictions.parquet")).to_parquet(folder / "predictions.parquet")
-        seal(folder)
-
-    return apply
+    """Another predictions.parquet, with the hash that belongs to it."""
+    return lambda folder: (change(folder / "predictions.parquet"), seal(folder))
 
 
-def sealed(spoil):
-    def apply(folder):
-        spoil(folder)
-        seal(folder)
-
-    return apply
+def table_of(change):
+    return predictions(lambda file: change(pandas.read_parquet(file)).to_parquet(file))
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda folder: (folder / "summary.json").unlink(), "summary.json cannot be read as JSON"),
-        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json cannot be read as JSON"),
-        (lambda folder: (folder / "summary.json").write_text("[1]"), "has format 'list'"),
-        (broken(lambda summary: summary.update(format="else/1")), "has format 'else/1'"),
-        (broken(lambda summary: summary.pop("contestant")), "'contestant'"),
-        (broken(lambda summary: summary["contestant"].update(title=["A"])), "no text"),
-        (broken(lambda summary: summary["data"].pop("ibims1")), "'ibims1'"),
-        (broken(lambda summary: summary["data"]["ibims1"].update(images_of="all")), "no whole numbers"),
-        (broken(lambda summary: summary["protocol"].update(mode="sparse")), "'sparse'"),
-        (broken(lambda summary: summary.update(sources={})), "has no sources"),
-        (sealed(broken(lambda summary: summary["sources"]["ibims1"].update(points=7))), "summary.json counts"),
-        (broken(lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse="1")), "rmse '1'"),
-        (broken(lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse=float("nan"))), "NaN"),
+        (lambda folder: (folder / "summary.json").unlink(), "has no summary.json; pass a folder that"),
+        (lambda folder: (folder / "summary.json").write_text("{"), "summary.json is no record"),
+        (lambda folder: (folder / "summary.json").write_text("[1]"), "summary.json is no record"),
+        (sealed(lambda summary: summary.update(format="else/1")), "has format 'else/1'"),
+        (sealed(lambda summary: summary.pop("contestant")), "'contestant'"),
+        (sealed(lambda summary: summary["contestant"].update(title=["A"])), "that is no text"),
+        (sealed(lambda summary: summary["data"].pop("ibims1")), "'ibims1'"),
+        (sealed(lambda summary: summary["data"]["ibims1"].update(images_of="all")), "no whole numbers"),
+        (sealed(lambda summary: summary["protocol"].update(mode="sparse")), "'sparse'"),
+        (sealed(lambda summary: summary.update(sources={})), "has no sources"),
+        (sealed(lambda summary: summary["sources"]["ibims1"].update(points=7)), "summary.json counts"),
+        (sealed(lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse="1")), "summary.json says '1'"),
+        (broken(lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse=float("nan"))), "no record"),
         (broken(lambda summary: summary["contestant"].update(title="B")), "has changed since it was written"),
-        (lambda folder: (folder / "predictions.parquet").unlink(), "predictions.parquet cannot be read"),
-        (lambda folder: (folder / "predictions.parquet").write_bytes(b"PAR1"), "its sha256 is not the one in"),
-        (
-            sealed(lambda folder: (folder / "predictions.parquet").write_bytes(b"PAR1")),
-            "predictions.parquet cannot be read",
-        ),
-        (predictions(lambda table: table[["id"]]), "has no columns gt, prediction"),
-        (predictions(lambda table: table.astype({"gt": str})), "has a column gt of"),
-        (predictions(lambda table: table.assign(gt=-1.0)), "predictions.parquet cannot be scored (30 depths"),
+        (lambda folder: (folder / "predictions.parquet").unlink(), "predictions.parquet is missing"),
+        (lambda folder: (folder / "predictions.parquet").write_bytes(b"PAR1"), "its hash does not match"),
+        (predictions(lambda file: file.write_bytes(b"PAR1")), "predictions.parquet cannot be read"),
+        (table_of(lambda table: table[["id"]]), "has no columns gt, prediction"),
+        (table_of(lambda table: table.astype({"gt": str})), "has a column gt of"),
+        (table_of(lambda table: table.assign(gt=-1.0)), "predictions.parquet cannot be scored (30 depths"),
     ],
 )
 def test_ill_formed_results(tmp_path, spoil, words):
@@ -518,27 +517,30 @@ def test_ill_formed_results(tmp_path, spoil, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(delta1=0.99), "metrics .*'delta1': 0.99"),
-        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(extra=0.5), "metrics .*'extra': 0.5"),
-        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse=None), "metrics .*'rmse': None"),
-        (lambda summary: summary["sources"]["ibims1"].update(images=2), "images 3 for ibims1, but summary.json says 2"),
-        (lambda summary: summary["sources"]["ibims1"].update(counts={"ok": 30}), "counts .*unparsable"),
-        (lambda summary: summary["mean"].update(delta1=0.99), "the mean delta1 .* but summary.json says 0.99"),
+        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(delta1=0.99), "metrics delta1 0.73.* 0.99"),
+        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(extra=0.5), "metrics extra None.* 0.5"),
+        (lambda summary: summary["sources"]["ibims1"]["metrics"].update(rmse=None), "metrics rmse 2.7.* None"),
+        (lambda summary: summary["sources"]["ibims1"].update(images=2), "sources ibims1 images 3, but .* says 2"),
+        (
+            lambda summary: summary["sources"]["ibims1"].update(counts={"ok": 30}),
+            "counts unparsable 4.* None|ok 26.* 30",
+        ),
+        (lambda summary: summary["mean"].update(delta1=0.99), "mean delta1 .*, but summary.json says 0.99"),
     ],
 )
 def test_a_summary_that_the_predictions_do_not_give_is_refused(tmp_path, change, words):
     """With hashes and checksum in order: whoever makes them up has to make up the predictions too."""
     run = write_run(tmp_path / "run", "A", noisy)
-    broken(change)(run)
+    sealed(change)(run)
     with pytest.raises(ValueError, match=words):
-        report([seal(run)], tmp_path / "out", paper=False)
+        report([run], tmp_path / "out", paper=False)
 
 
 def test_numbers_are_those_of_the_predictions(tmp_path):
-    """Other predictions, with every hash in order but the summary as it was."""
+    """Other predictions, with every hash in order but the summary's scores as they were."""
     run = write_run(tmp_path / "run", "A", noisy)
-    predictions(lambda table: table.assign(prediction=table["gt"].where(table.prediction.notna())))(run)
-    with pytest.raises(ValueError, match="gives metrics .*'rmse': 0.0, .* for ibims1, but summary.json says"):
+    table_of(lambda table: table.assign(prediction=table["gt"].where(table.prediction.notna())))(run)
+    with pytest.raises(ValueError, match="gives sources ibims1 metrics delta1 0.86.*, but summary.json says 0.73"):
         report([run], tmp_path / "out", paper=False)
 
 
