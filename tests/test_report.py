@@ -662,23 +662,23 @@ TEXT = paper.FILE.parents[2] / "shared" / "paper.txt"
 
 
 def numbers_of(cells) -> list[str]:
-    """Numbers of a row's cells as they are printed, without signs: the text has lost the paper's arrows."""
-    return [number for cell in cells for number in re.findall(r"\d+(?:\.\d+)?", cell)]
+    """Numbers as they are printed, with those in brackets but without signs: the text has lost the paper's arrows."""
+    found = [re.fullmatch(r"(\d+(?:\.\d+)?)(?: \([ +-]*(\d+(?:\.\d+)?)\))?", cell) for cell in cells]
+    return [number for cell in found if cell for number in cell.groups() if number]
 
 
 def printed_tables() -> dict[str, list[list[str]]]:
-    """Number -> rows of cells of the paper's text, headers and groups included; tables 1 to 7 in their order."""
-    blocks, previous = [], False
+    """Number -> rows of cells of tables 1 to 7 in the paper's text, headers and groups included."""
+    heads = ("of various methods", "Methods", "Depth Head", "Feature Source", "Training Strategy", "Training Setting")
+    blocks, inside = [], False
     for line in TEXT.read_text(encoding="utf-8").splitlines():
-        start = line.find("| ")
-        if row := start >= 0 and line.rstrip().endswith("|") and "||" not in line.replace("||", "||")[:0]:
-            cells = [cell.strip() for cell in line[start:].strip().strip("|").split("|")]
-            head = cells[0] in ("of various methods", "Methods", "Depth Head", "Feature Source")
-            if head or cells[0] in ("Training Strategy", "Training Setting"):
-                blocks.append([])
-            if blocks and (previous or head):
-                blocks[-1].append(cells)
-        previous = row
+        _, bar, row = line.partition("| ")  # before the first one a caption may end
+        cells = [cell.strip() for cell in row.strip().removesuffix("|").split("|")]
+        if bar and cells[0] in heads:
+            blocks.append([])
+        inside = bool(bar) and (cells[0] in heads or inside)
+        if inside:
+            blocks[-1].append(cells)
     return dict(zip("1234567", blocks, strict=True))
 
 
@@ -696,16 +696,12 @@ def test_tables_are_the_papers_number_by_number(tmp_path):
         for (name, cells), row in zip(ours, theirs, strict=True):
             words = re.sub(r" \(?\w+ et al.*| Hurst.*| OpenAI.*", "", row[0]).replace("†", "").replace("‡", "")
             assert name.startswith(words.split(" (")[0]), (number, name, row[0])
-            values = row[2:] if number == "4" else row[1:]  # its second column is a tick
-            assert numbers_of(cells) == numbers_of(values), (number, name)
+            assert numbers_of(cells) == numbers_of(row[1:]), (number, name)
             compared += len(numbers_of(cells))
-        groups = [
-            row[0] for row in printed if len([cell for cell in row if cell]) == 1 and not row[0].startswith("Waymo")
-        ]
         if number == "1":
             body = text.split("Table 1 of the paper")[1].split("\n#")[0]
-            places = [body.index(f"**{group}**") for group in groups]
-            assert len(groups) == 4 and places == sorted(places)
+            places = [body.index(f"**{row[0]}**") for row in printed if not any(row[1:])]
+            assert len(places) == 4 and places == sorted(places)
     assert compared == 16 * 10 + 11 * 6 + 3 * 8 + 2 * 16 + 3 * 16 + 4 * 8  # all tables but the eighth
     # the text has lost table 8's numbers, and the report says so
     assert "Table 8" in TEXT.read_text() and rows_of(text, "Table 8 of the paper")["paper", "Youtu-VL-4B"][0] == "-"
