@@ -198,7 +198,7 @@ def contact_sheet(title: str, images: list[dict]) -> Figure:
                 item["errors"],
                 cmap=colours,
                 norm=norm,
-                alpha=item["labelled"].astype(float),
+                alpha=0.8 * item["labelled"],
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 interpolation="nearest",
             )

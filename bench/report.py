@@ -71,7 +71,7 @@ class Scored:
     def score(self, run: Results, metric: str) -> Score:
         values = run.scores[self.source]["metrics"]
         low, high = self.bounds[:, self.runs.index(run), list(values).index(metric)]
-        return score_of(values[metric], low, high, coverage=self.coverage())
+        return score_of(values[metric], low, high)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -257,9 +257,13 @@ def data_note(group: Group, sources: Sequence[str]) -> str:
     for source in sources:
         part = group.scored[source]
         images, data = part.runs[0].scores[source]["images"], part.data()
-        scenes = f" ({part.scenes} scenes)" if part.scenes else ""
+        scenes = f" ({counted(part.scenes, 'scene')})" if part.scenes else ""
         parts.append(f"{source} {data['hash'][:8]}…, {images} of {data['images_of']} images{scenes}")
     return f"Data: {'; '.join(parts)}."
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def entry(group: Group, table: str, run: Results, source: str, metric: str, score: Score, **fields) -> dict:
@@ -295,15 +299,17 @@ def delta1_table(
 ) -> Table:
     present = [source for source in sources if source in group.scored]
     columns = [best_of(group, runs, [source]) if source in present else {} for source in sources]
-    columns.append(best_of(group, runs, sources) if present == sources else {})
+    names = [*sources, "mean"] if number or len(sources) > 1 else sources
+    if len(names) > len(sources):
+        columns.append(best_of(group, runs, sources) if present == sources else {})
     rows = []
     for run in runs:
         cells = [column.get(run.name, Score(None)) for column in columns]
         rows.append(Row([MEASURED, run.name], cells, run.summary["contestant"]["group"], bold=True))
     notes = [data_note(group, present)] if present else []
-    if any(row.cells[-1].value is None for row in rows):
+    if "mean" in names and any(row.cells[-1].value is None for row in rows):
         notes.append("A mean is given where all sources of the table are there: it is over all of them, unweighted.")
-    table = Table(f"δ1{remark}", ["from", "method"], [*sources, "mean"], rows, notes)
+    table = Table(f"δ1{remark}", ["from", "method"], names, rows, notes)
     if number:
         table = table_of(number, rows, notes)
     table = replace(table, shaded=True)
@@ -344,7 +350,7 @@ def pair_table(group: Group, out: Path, records: list[dict]) -> list[Table | str
     if len(group.runs) < 2:
         return []
     shared = [source for source in group.scored if group.have([source]) == group.runs]
-    columns = {source: [source] for source in group.scored} | ({"mean": shared} if shared else {})
+    columns = {source: [source] for source in group.scored} | ({"mean": shared} if len(shared) > 1 else {})
     rows, matrix = [], {}
     for run, other in combinations(group.runs, 2):
         cells = []
@@ -355,11 +361,12 @@ def pair_table(group: Group, out: Path, records: list[dict]) -> list[Table | str
             if both:
                 records.append(entry(group, "pairs", run, column, "delta1", cell, against=other.name))
         rows.append(Row([f"{run.name} − {other.name}"], cells))
-        matrix[run.name, other.name] = cells[-1]
-    notes = [
-        "By the paired bootstrap. Bold: beyond chance, one pair at a time.",
-        data_note(group, list(group.scored)),
-    ]
+        if shared:
+            matrix[run.name, other.name] = cells[list(columns).index("mean" if len(shared) > 1 else shared[0])]
+    notes = ["By the paired bootstrap. Bold: beyond chance, one pair at a time."]
+    if len(shared) > 1:
+        notes.append(f"The mean is over {', '.join(shared)}.")
+    notes.append(data_note(group, list(group.scored)))
     table = Table("Differences in δ1", ["methods"], list(columns), rows, notes)
     if not shared:
         return [table]
@@ -489,14 +496,14 @@ def scene_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
     tables, strips = [], {}
     for source, scored in group.scored.items():
         table = scored.runs[0].of(source)
-        if scored.scenes < 2:
+        if not 1 < scored.scenes < table["id"].nunique():
             continue
         labels = table.scene.astype(str).replace("", "without a scene").to_numpy(object)
         names, values, bounds, images = breakdown(group, scored, labels, pandas.factorize(table["id"])[0])
         rows = []
         for index, run in enumerate(scored.runs):
             cells = [
-                score_of(float(values[n, index]), *bounds[:, n, index], note=f"{name}, {images[n]} images")
+                score_of(float(values[n, index]), *bounds[:, n, index], note=f"{name}, {counted(images[n], 'image')}")
                 for n, name in enumerate(names)
             ]
             for name, cell, count in zip(names, cells, images, strict=True):
@@ -514,7 +521,7 @@ def scene_tables(group: Group, out: Path, records: list[dict]) -> list[Table | s
         )
         strips[source] = values.T, np.full((2, *values.T.shape), np.nan), images
     if not tables:
-        return ["Scores by scene are left out: no source names at least two scenes."]
+        return ["Scores by scene are left out: no source has scenes of several images."]
     strips = {source: values for source, (values, _, _) in spread(group, strips).items()}
     figure = figures.scene_strips([run.name for run in group.runs], strips)
     return [f"![δ1 by scene]({figures.save(figure, out, f'scenes-{group.number}')})", *tables]
@@ -535,7 +542,7 @@ def camera_tables(group: Group, rows: dict[str, datasets.Dataset], records: list
             lines.append(Row([run.name], cells))
             for name, cell, count in zip(names, cells, images, strict=True):
                 records.append(entry(group, f"camera {name}", run, source, "delta1", cell) | {"images": int(count)})
-        columns = [f"{name} ({count} images)" for name, count in zip(names, images, strict=True)]
+        columns = [f"{name} ({counted(count, 'image')})" for name, count in zip(names, images, strict=True)]
         notes = [NO_ANSWER, data_note(group, [source])]
         tables.append(Table(f"δ1 by camera: {source}", ["method"], columns, lines, notes))
     return tables

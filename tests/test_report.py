@@ -13,10 +13,12 @@ import numpy as np
 import pandas
 import pytest
 from PIL import Image
-from test_evaluate import Unloaded, make_row, write_bench
+from scipy import stats
+from test_evaluate import SHARED, Unloaded, make_row, write_bench
 from test_evaluate import run as evaluate_run
 
 from bench import contestants, figures, manifest, metrics, paper, tables
+from bench.__main__ import main
 from bench.report import add_report, report, worst_first
 from bench.results import protocol, read_results
 from bench.scoring import FORMAT
@@ -375,6 +377,35 @@ def test_worst_images_and_cameras(tmp_path, mode):
     other = write_bench(tmp_path / "other", alpha=rows[:3], beta=[make_row("beta", 7, 8)])
     with pytest.raises(ValueError, match="was evaluated on other rows of alpha .hash .*; pass --data with the former"):
         report([tmp_path / "run"], tmp_path / "out", paper=False, data=str(other))
+
+
+@pytest.mark.parametrize(("name", "delta1", "images"), [("ibims1", 0.2648, 50), ("scannetpp", 0.2850, 20)])
+def test_two_metres_everywhere_on_real_frames_with_intervals(tmp_path, name, delta1, images):
+    data = SHARED / name
+    if not data.exists():
+        pytest.skip(f"../shared/data/{name} is not there")
+    folders = ["--images", str(data), "--source", name, "--out", str(tmp_path / "data")]
+    if name == "scannetpp":
+        folders[1:2] = [str(data / "rgb"), "--depths", str(data / "depth")]
+    assert main(["import", str(data / "annotations.jsonl"), *folders]) == 0
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert main(["report", str(tmp_path / "run"), "--paper", "--out", str(tmp_path / "out")]) == 0
+    scored = [record for record in records_of(tmp_path / "out") if record["table"] == "scores"]
+    record = next(record for record in scored if record["metric"] == "delta1")
+    assert float(record["value"]) == pytest.approx(delta1, abs=1e-12) and int(record["images"]) == images
+    table = read_results(tmp_path / "run").table
+    unit = table.scene.astype(str).where(table.scene != "", table["id"].astype(str))
+    right = table.assign(right=(table["gt"] > 1.6) & (table["gt"] < 2.5)).groupby(unit.to_numpy()).right
+    se = stats.bootstrap(
+        (right.sum().to_numpy(float), right.count().to_numpy(float)),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        rng=np.random.default_rng(0),
+    ).standard_error
+    half = (float(record["high"]) - float(record["low"])) / 2
+    assert half == pytest.approx(stats.t.ppf(0.975, len(right) - 1) * se, rel=0.15)
+    assert float(record["low"]) < delta1 < float(record["high"])
 
 
 # Other results
