@@ -128,7 +128,7 @@ def run_verify(args) -> int:
 
     problems = 0
     for folder in args.folders:
-        for line in verify.verify_build(folder):
+        for line in verify.verify(folder):
             problems += line.startswith("problem: ")
             print(line)
     print(f"{problems} problems" if problems else "all as it was written")

@@ -42,23 +42,31 @@ class Contents:
 # Opening
 
 
-def card_files(data: str) -> dict[str, list[str]]:
-    """The patterns of each source's test files, by the card of a built benchmark, a folder or a hub id."""
+def card_files(data: str) -> dict[str, list[str] | None]:
+    """The test files of each source by the card of a built benchmark, a folder or a hub id; None without a test split.
+
+    Files of a folder that are missing are left out; of the hub, patterns are given as they are.
+    """
     folder = Path(data)
     try:
         configs = DatasetCard.load(folder / "README.md" if folder.is_dir() else data).data.get("configs")
-        files = {
-            config["config_name"]: [
-                f"{folder if folder.is_dir() else f'hf://datasets/{data}'}/{pattern}"
-                for part in config["data_files"]
-                if part["split"] == "test"
-                for pattern in ([part["path"]] if isinstance(part["path"], str) else part["path"])
-            ]
+        patterns = {
+            config["config_name"]: next(
+                (part["path"] for part in config["data_files"] if part["split"] == "test"), None
+            )
             for config in configs
+            if config["config_name"] not in GROUPS
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{data} is no built benchmark ({error}); make one with `python -m bench build`") from error
-    return {name: patterns for name, patterns in files.items() if name not in GROUPS}
+    files = {}
+    for name, paths in patterns.items():
+        paths = [paths] if isinstance(paths, str) else paths
+        if paths and folder.is_dir():
+            files[name] = [str(path) for pattern in paths for path in sorted(folder.glob(pattern))]
+        else:
+            files[name] = paths and [f"hf://datasets/{data}/{pattern}" for pattern in paths]
+    return files
 
 
 def open_sources(data: str, names: list[str] | None) -> dict[str, datasets.Dataset]:
@@ -76,7 +84,7 @@ def open_sources(data: str, names: list[str] | None) -> dict[str, datasets.Datas
         rows = open_test_rows(data, name)
         if rows is None and names:
             raise ValueError(f"{name} in {data} has no test rows; build them, or leave it out of --sources")
-        if rows is None and configs[name]:
+        if rows is None and configs[name] is not None:
             logger.warning("%s is left out: the card of %s lists it, but its files are missing", name, data)
         if rows is not None:
             if missing := sorted(set(FEATURES) - set(rows.column_names)):
@@ -99,9 +107,7 @@ def open_test_rows(data: str, name: str) -> datasets.Dataset | None:
         return None
     try:
         return datasets.load_dataset("parquet", data_files={"test": files}, split="test").with_format(None)
-    except FileNotFoundError:
-        return None
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file, whatever the libraries make of it
         reason = f"{type(error).__name__}: {error.__cause__ or error}"
         raise ValueError(
             f"{name} in {data} cannot be read ({reason}); see `python -m bench verify`, and build it again"
@@ -129,8 +135,13 @@ def contents_of(data: str, opened: dict[str, datasets.Dataset], as_released: boo
         for table in rows.with_format("arrow").iter(100):
             for row in table.select(list(FEATURES)).to_pylist():
                 index = len(hashes)
-                hashes.append(manifest.row_hash(row))
-                reason = problem_of(row, as_released)
+                try:
+                    hashes.append(manifest.row_hash(row))
+                    reason = problem_of(row, as_released)
+                except TypeError as error:
+                    raise ValueError(
+                        f"row {index} of {name} in {data} holds other types than a build ({error})"
+                    ) from error
                 if row["id"] in seen:
                     reason = f"row {seen[row['id']]} has its id"
                 if reason:
@@ -157,6 +168,8 @@ def build_record(data: str, name: str) -> dict:
 
 def problem_of(row: dict, as_released: bool) -> str:
     """Why a row with encoded images cannot be scored; "" if nothing is seen that stands in the way."""
+    if not row["id"]:
+        return f"its id is {row['id']!r}"
     images = {}
     for name in ("image", "depth"):
         if not row[name] or not row[name]["bytes"]:

@@ -5,11 +5,38 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCard
 
-from . import card, manifest
+from . import card, manifest, scoring
+
+
+def verify(folder: Path) -> Iterator[str]:
+    """A line per split or run, and one that begins with "problem: " for each thing that is not as it was written."""
+    if (folder / "run.json").exists() or (folder / "summary.json").exists():
+        yield from verify_results(folder)
+    else:
+        yield from verify_build(folder)
+
+
+def verify_results(folder: Path) -> Iterator[str]:
+    problems = []
+    try:
+        summary = scoring.read_summary(folder)
+        yield f"{summary['contestant']['title']}, {', '.join(summary['hashes'])}: as they were written"
+    except ValueError as error:
+        problems.append(error)
+    try:
+        manifest.read_record(folder / "run.json")
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    for part in sorted([*folder.glob("parts/*.parquet"), *folder.glob("maps/*.parquet")]):
+        try:
+            if reason := manifest.difference(part, manifest.read_record(part.with_suffix(".json"))["file"]):
+                problems.append(reason)
+        except (OSError, ValueError) as error:
+            problems.append(error)
+    yield from (f"problem: {problem}" for problem in problems)
 
 
 def verify_build(folder: Path) -> Iterator[str]:
-    """A line per split, and one that begins with "problem: " for each thing that is not as it was written."""
     paths = sorted([*folder.glob("*/train.json"), *folder.glob("*/test.json")])
     if not paths:
         raise ValueError(f"{folder} holds neither a built benchmark nor results; pass what `build` or `evaluate` wrote")

@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,13 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """The beginning of a PNG that says to be 60 000 x 60 000 pixels."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 1000))
+    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def write_toy(raw: Path, groups: dict[str, int], split: str = "test", backwards: bool = False) -> Path:

@@ -5,11 +5,9 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import datasets
@@ -17,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as pq
 import pytest
-from bench_fixtures_toy import DEPTH_SIZE, INTRINSICS, SIZE, HidingToy, Toy, plane, write_ibims1, write_toy
+from bench_fixtures_toy import DEPTH_SIZE, INTRINSICS, SIZE, HidingToy, Toy, bomb, plane, write_ibims1, write_toy
 from PIL import Image
 
 from bench import build, card, manifest, sampling, sources
@@ -176,13 +174,6 @@ def test_seed_changes_points_and_a_frame_s_points_depend_on_no_other_frame(tmp_p
 
 
 # Frames that cannot be used
-
-
-def bomb() -> bytes:
-    """The beginning of a PNG that says to be 60 000 x 60 000 pixels."""
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 1000))
-    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def spoil(raw):

@@ -1,5 +1,7 @@
 """`python -m bench evaluate` on small hand-made benchmarks, against plain loops and known answers."""
 
+import hashlib
+import io
 import json
 import math
 import os
@@ -14,19 +16,22 @@ import cv2
 import datasets
 import numpy as np
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.ndimage
 import torch
+from bench_fixtures_toy import Toy, bomb, write_toy
 from PIL import Image
 
-from bench import evaluate, geometry, released, sampling, sources
+from bench import build, evaluate, geometry, manifest, metrics, released, sampling, scoring, sources
 from bench.__main__ import main
 from bench.contestants._base import Answer, Contestant, Query
 from bench.contestants.constant import Constant
 from bench.contestants.depthvlm import DepthVLM
 from bench.depthvlm_bench import FEATURES
 from bench.evaluate import Run
-from bench.rows import open_sources
+from bench.rows import contents_of, open_sources
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -747,6 +752,356 @@ def test_a_corrected_import_reads_again(tmp_path, capsys):
     command = ["import", str(SHARED / "ibims1/annotations.jsonl"), "--source", "ibims1", "--out", str(tmp_path)]
     assert main([*command, "--images", str(SHARED / "ibims1/rgb")]) == 2
     assert main([*command, "--images", str(SHARED / "ibims1")]) == 0
+
+
+# What is scored is what was built
+
+
+def rewrite(bench: Path, source: str, change) -> None:
+    """Apply `change` to the list of rows of a source, images as files."""
+    file = bench / source / "test-00000.parquet"
+    rows = pq.read_table(file)
+    content = rows.to_pylist()
+    change(content)
+    pq.write_table(pa.Table.from_pylist(content, rows.schema), file)
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["points", "dense"])
+@pytest.mark.parametrize("column", ["image", "depth", "fx", "depth_type", "points_depth"])
+def test_other_data_under_the_same_ids_is_not_taken_for_the_old(tmp_path, mode, column):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", index, 3) for index in range(3)])
+    run(Constant("2.0"), bench, tmp_path / "out", mode=mode)
+
+    def change(rows):
+        old = rows[1][column]
+        new = {"fx": 41.0, "depth_type": "ray", "points_depth": [1.0, 2.0, 3.0]}
+        new["image"] = {"bytes": png(np.zeros((48, 64, 3), np.uint8)), "path": None}
+        if column == "depth":  # half of it
+            new["depth"] = {"bytes": png(np.asarray(Image.open(io.BytesIO(old["bytes"]))) // 2), "path": None}
+        rows[1][column] = new[column]
+
+    rewrite(bench, "alpha", change)
+    with pytest.raises(ValueError, match="holds another run .content .*choose another --out or remove it"):
+        run(Constant("2.0"), bench, tmp_path / "out", mode=mode)
+
+
+def corrupt_png(row):
+    data = bytearray(png(np.zeros((48, 64, 3), np.uint8)))
+    data[60] ^= 1
+    row["image"] = {"bytes": bytes(data), "path": None}
+
+
+def truncated_jpeg(row):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(buffer, "JPEG")
+    row["image"] = {"bytes": buffer.getvalue()[:-30], "path": None}
+
+
+def turned_jpeg(row):
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((48, 64, 3), np.uint8)).save(buffer, "JPEG", exif=exif)
+    row["image"] = {"bytes": buffer.getvalue(), "path": None}
+
+
+BROKEN = {  # what a row is made of, and what the error says
+    "corrupt PNG": (corrupt_png, "its image is broken"),
+    "truncated JPEG": (truncated_jpeg, "cannot be decoded"),
+    "turned JPEG": (turned_jpeg, "says to be turned"),
+    "decompression bomb": (lambda row: row.update(image={"bytes": bomb(), "path": None}), "decompression bomb"),
+    "null image": (lambda row: row.update(image=None), "its image is null"),
+    "empty image": (lambda row: row.update(image={"bytes": None, "path": "a.png"}), "its image is null"),
+    "no image": (lambda row: row.update(image={"bytes": b"hello", "path": None}), "not a readable"),
+    "null depth": (lambda row: row.update(depth=None), "its depth is null"),
+    "depth of 8 bits": (
+        lambda row: row.update(depth={"bytes": png(np.zeros((4, 4), np.uint8)), "path": None}),
+        "Pillow mode 'L'",
+    ),
+    "unequal lists": (lambda row: row.update(points_u=[1.0]), "have 1, 3 and 3 values"),
+    "no v": (lambda row: row.update(points_v=None), "have 3, 0 and 3 values"),
+    "NaN for truth": (lambda row: row.update(points_depth=[1.0, math.nan, 2.0]), "not finite and above 0"),
+    "null for truth": (lambda row: row.update(points_depth=[1.0, None, 2.0]), "not finite and above 0"),
+    "negative truth": (lambda row: row.update(points_depth=[1.0, -1.0, 2.0]), "not finite and above 0"),
+    "point outside": (lambda row: row.update(points_u=[64.0, 1.0, 1.0]), "points outside its image of 64x48 px"),
+    "point left of it": (lambda row: row.update(points_u=[-1.0, 1.0, 1.0]), "left of"),
+    "unknown depth type": (lambda row: row.update(depth_type="inverse"), "depth_type is 'inverse'"),
+    "null depth type": (lambda row: row.update(depth_type=None), "depth_type is None"),
+    "scale 0": (lambda row: row.update(depth_scale=0.0), "depth_scale, fx, fy"),
+    "null focal length": (lambda row: row.update(fx=None), "depth_scale, fx, fy"),
+    "duplicate id": (lambda row: row.update(id="row-000"), "row 0 has its id"),
+    "null id": (lambda row: row.update(id=None), "its id is None"),
+}
+
+
+class Counting(Constant):
+    def __init__(self):
+        super().__init__("2.0")
+        self.images = 0
+
+    def maps(self, queries):
+        self.images += len(queries)
+        return super().maps(queries)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_row_that_cannot_be_scored_is_named_before_any_is_scored(tmp_path, name):
+    spoil, reason = BROKEN[name]
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", index, 3) for index in range(20)])
+    rewrite(bench, "alpha", lambda rows: spoil(rows[17]))
+    contestant = Counting()
+    with pytest.raises(ValueError, match="row 17 of alpha in .*bench, '.*', cannot be scored: .*--skip-bad") as error:
+        run(contestant, bench, tmp_path / "out")
+    assert reason in str(error.value)
+    assert contestant.images == (16 if name in ("truncated JPEG", "turned JPEG") else 0)  # seen when it is decoded
+    check_skipped(bench, tmp_path / "skipped", reason, "points")
+
+
+def check_skipped(bench, out, reason, mode):
+    summary = run(Constant("2.0"), bench, out, mode=mode, skip_bad=True)
+    assert summary["sources"]["alpha"]["images"] == 19
+    data = summary["data"]["alpha"]
+    assert (data["rows"], data["images_of"]) == (20, 20)
+    ((row, given),) = [(bad["row"], bad["reason"]) for bad in data["bad_rows"]]
+    assert row == 17 and reason in given
+    assert run(Constant("2.0"), bench, out, mode=mode, skip_bad=True) == summary
+
+
+@pytest.mark.parametrize("name", ["truncated JPEG", "null depth"])
+def test_a_row_whose_map_cannot_be_scored_is_named_or_counted(tmp_path, name):
+    spoil, reason = BROKEN[name]
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", index, 3) for index in range(20)])
+    rewrite(bench, "alpha", lambda rows: spoil(rows[17]))
+    with pytest.raises(ValueError, match="row 17 of alpha"):
+        run(Constant("2.0"), bench, tmp_path / "out", mode="dense")
+    check_skipped(bench, tmp_path / "skipped", reason, "dense")
+
+
+def test_negative_depth_is_refused_where_the_depth_is_read(tmp_path):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", 0, 3)])
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((24, 32), -5, np.int32)).save(buffer, "TIFF")
+    rewrite(bench, "alpha", lambda rows: rows[0].update(depth={"bytes": buffer.getvalue(), "path": None}))
+    with pytest.raises(ValueError, match="row 0 of alpha .*negative values, down to -5"):
+        run(Constant("2.0"), bench, tmp_path / "out", mode="dense")
+
+
+def test_bad_rows_are_printed_and_counted(tmp_path, capsys):
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", index, 3) for index in range(4)])
+    rewrite(bench, "alpha", lambda rows: rows[2].update(image=None))
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(bench), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "row 2 of alpha" in capsys.readouterr().err
+    assert main([*command, "--skip-bad"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 4 images, 9 points" in printed and "left out, row 2, row-002: its image is null" in printed
+
+
+def test_a_missing_source_folder_disables_only_that_source(bench, tmp_path, caplog, capsys):
+    shutil.copytree(bench, tmp_path / "bench")
+    shutil.rmtree(tmp_path / "bench" / "beta")
+    summary = run(Constant("2.0"), tmp_path / "bench", tmp_path / "out")
+    assert list(summary["sources"]) == ["alpha"]
+    assert "beta is left out: the card of" in caplog.text and "its files are missing" in caplog.text
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "bench"), "--sources", "beta"]
+    assert main(command) == 2
+    assert "beta in" in capsys.readouterr().err
+
+
+def test_rows_without_a_column_are_refused(bench, tmp_path):
+    shutil.copytree(bench, tmp_path / "bench")
+    file = tmp_path / "bench" / "beta" / "test-00000.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["cx"]), file)
+    with pytest.raises(ValueError, match="rows of beta in .* have no cx"):
+        run(Constant("2.0"), tmp_path / "bench", tmp_path / "out")
+
+
+def build_toy(tmp_path: Path, monkeypatch, frames: int = 6, **fields) -> Path:
+    monkeypatch.setattr(build, "SHARD_IMAGES", 4)
+    reader = build.SourceReader(Toy, str(write_toy(tmp_path / "raw", {"a/x": frames})), "test")
+    parameters, items = reader.plan()
+    build.write_split(tmp_path / "built", Toy, "test", reader, parameters, items)
+    return tmp_path / "built"
+
+
+def test_summary_and_run_hold_the_builders_hash(tmp_path, monkeypatch):
+    bench = build_toy(tmp_path, monkeypatch)
+    record = json.loads((bench / "toy" / "test.json").read_text())
+    summary = run(Constant("2.0"), bench, tmp_path / "out")
+    assert summary["data"] == {"toy": {"hash": record["content"], "rows": 6, "images_of": 6, "bad_rows": []}}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["content"] == {"toy": record["content"]}
+    assert set(predictions(tmp_path / "out").scene) == {"a"}
+    content = (tmp_path / "out" / "predictions.parquet").read_bytes()
+    assert summary["hashes"] == {"predictions.parquet": hashlib.sha256(content).hexdigest()}
+
+
+def test_shards_that_are_not_what_was_built_are_refused(tmp_path, monkeypatch):
+    bench = build_toy(tmp_path, monkeypatch)
+    file = bench / "toy" / "test-00001-of-00002.parquet"
+    rows = pq.read_table(file)
+    content = rows.to_pylist()
+    content[0]["points_depth"][0] += 0.001
+    pq.write_table(pa.Table.from_pylist(content, rows.schema), file)
+    with pytest.raises(ValueError, match="the rows of toy in .* have changed since they were built"):
+        run(Constant("2.0"), bench, tmp_path / "out")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="toy in .* cannot be read"):
+        run(Constant("2.0"), bench, tmp_path / "out")
+
+
+def test_a_build_that_has_not_finished_is_not_scored(tmp_path, monkeypatch):
+    bench = build_toy(tmp_path, monkeypatch)
+    record = json.loads((bench / "toy" / "test.json").read_text())
+    manifest.write_record(bench / "toy" / "test.json", {"finished": False, "parameters": record["parameters"]})
+    with pytest.raises(ValueError, match="the build of toy in .* has not finished"):
+        run(Constant("2.0"), bench, tmp_path / "out")
+
+
+# Kept predictions
+
+
+class Bumpy(Unloaded):
+    """Right on average, another value at every pixel."""
+
+    title, dense = "Bumpy", True
+
+    def maps(self, queries):
+        return [hilly(query.image.size, 0.5, 9.0, len(query.id)) for query in queries]
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_any_number_of_workers_gives_the_same_files(bench, tmp_path):
+    sources = tuple(open_sources(str(bench), None))
+    for number, num_proc in ((1, 1), (2, 3)):
+        asked = Run("test:it", str(bench), sources, "dense")
+        evaluate.evaluate(asked, Bumpy(), tmp_path / str(number), num_proc=num_proc)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    assert set(files(tmp_path / "1")) >= {"images.parquet", "maps/alpha.parquet", "maps/beta.parquet", "summary.json"}
+
+
+def test_saved_maps_are_what_was_scored(bench, tmp_path):
+    run(Bumpy(), bench, tmp_path, mode="dense")
+    images = pandas.read_parquet(tmp_path / "images.parquet").set_index(["source", "id"])
+    maps = saved_maps(tmp_path, "alpha")
+    rows = all_rows(bench, "alpha")
+    assert list(maps) == [row["id"] for row in rows]
+    for row in rows[::9]:
+        depth, prediction = np.asarray(row["depth"]) / 1000, maps[row["id"]].astype(float)
+        whole = hilly((64, 48), 0.5, 9.0, len(f"alpha/test/{row['id']}"))
+        # a depth pixel's centre lies between four of the image's
+        expected = whole.reshape(24, 2, 32, 2).mean((1, 3))
+        np.testing.assert_allclose(prediction, expected, rtol=2**-11)
+        scores = images.loc["alpha", row["id"]]
+        valid = depth > 0
+        assert scores.abs_rel == pytest.approx(np.mean(np.abs(prediction - depth)[valid] / depth[valid]), rel=1e-12)
+        assert scores.boundary_f1 == metrics.boundary_f1(prediction, depth)
+        intrinsics = (FX / 2, FY / 2, (CX + 0.5) / 2 - 0.5, (CY + 0.5) / 2 - 0.5)
+        assert scores.point_cloud_f_score == metrics.point_cloud_f_score(prediction, depth, intrinsics)
+
+
+@pytest.mark.parametrize("mode", ["points", "dense"])
+def test_rescore_computes_the_scores_from_what_is_saved(bench, tmp_path, capsys, mode):
+    summary = run(Bumpy(), bench, tmp_path / "out", mode=mode)
+    before = files(tmp_path / "out")
+    wrong = {key: value for key, value in summary.items() if key != "checksum"}
+    wrong["sources"] = json.loads(json.dumps(summary["sources"]).replace('"delta1": 0.', '"delta1": 0.9'))
+    if mode == "dense":  # as another version had scored
+        table = pandas.read_parquet(tmp_path / "out" / "images.parquet")
+        table.assign(delta1=0.9).to_parquet(tmp_path / "out" / "images.parquet", index=False)
+        changed = manifest.fingerprint(tmp_path / "out" / "images.parquet")["sha256"]
+        wrong["hashes"] = wrong["hashes"] | {"images.parquet": changed}
+    manifest.write_record(tmp_path / "out" / "summary.json", wrong)
+    assert main(["rescore", str(tmp_path / "out")]) == 0
+    assert f"delta1 {summary['mean']['delta1']:.4f}" in capsys.readouterr().out
+    assert files(tmp_path / "out") == before
+
+
+def test_maps_are_rescored_against_the_data_they_are_of(bench, tmp_path, capsys):
+    shutil.copytree(bench, tmp_path / "bench")
+    summary = run(Bumpy(), tmp_path / "bench", tmp_path / "out", mode="dense")
+    (tmp_path / "bench").rename(tmp_path / "elsewhere")
+    assert main(["rescore", str(tmp_path / "out")]) == 2
+    assert "is no built benchmark" in capsys.readouterr().err
+    assert evaluate.rescore(tmp_path / "out", str(tmp_path / "elsewhere"))["sources"] == summary["sources"]
+    rewrite(tmp_path / "elsewhere", "alpha", lambda rows: rows[0].update(fx=1.0))
+    with pytest.raises(ValueError, match="was evaluated on other rows of alpha"):
+        evaluate.rescore(tmp_path / "out", str(tmp_path / "elsewhere"))
+
+
+def test_a_part_or_map_that_has_changed_is_made_again(bench, tmp_path, caplog):
+    run(Bumpy(), bench, tmp_path, mode="dense")
+    before = files(tmp_path)
+    for name in ("parts/alpha-0000016.parquet", "maps/beta.parquet", "parts/beta-0000000.json"):
+        content = bytearray(before[name])
+        content[len(content) // 2] ^= 1
+        (tmp_path / name).write_bytes(content)
+        contestant = Bumpy()
+        run(contestant, bench, tmp_path, mode="dense")
+        assert name.removesuffix(".json").removesuffix(".parquet") in caplog.text and "made again" in caplog.text
+        assert files(tmp_path) == before
+        caplog.clear()
+
+
+def test_a_broken_run_record_is_refused(bench, tmp_path):
+    run(Constant("2.0"), bench, tmp_path)
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(ValueError, match="holds results of an unknown run .*choose another --out or remove it"):
+        run(Constant("2.0"), bench, tmp_path)
+
+
+# Single bytes
+
+
+def flips(folder: Path, count: int, random):
+    """(file, what it held): each time with one byte of one file changed, and put back after."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".json"))
+    for _ in range(count):
+        path = paths[random.integers(len(paths))]
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[random.integers(len(content))] ^= int(random.integers(1, 256))
+        path.write_bytes(changed)
+        yield path
+        path.write_bytes(content)
+
+
+def test_every_changed_byte_is_detected(tmp_path, monkeypatch, capsys):
+    """Of shards, records, predictions, maps and summaries: by `verify`, and by reading results where they are of it."""
+    bench = build_toy(tmp_path, monkeypatch)
+    for mode in ("points", "dense"):
+        run(Bumpy(), bench, tmp_path / mode, mode=mode)
+    random = np.random.default_rng(0)
+    for folder, count in ((bench, 100), (tmp_path / "points", 50), (tmp_path / "dense", 50)):
+        for path in flips(folder, count, random):
+            assert main(["verify", str(folder)]) == 1, path
+            assert path.stem in capsys.readouterr().out
+            if path.name in ("summary.json", "predictions.parquet", "images.parquet") or path.parent.name == "maps":
+                if path.suffix == ".parquet" or path.name == "summary.json":
+                    with pytest.raises(ValueError, match="changed since it was written|no record with a checksum"):
+                        scoring.read_summary(folder)
+        assert main(["verify", str(folder)]) == 0
+
+
+def test_no_changed_byte_of_a_shard_changes_what_is_scored_in_silence(tmp_path, monkeypatch):
+    bench = build_toy(tmp_path, monkeypatch)
+    opened = open_sources(str(bench), None)
+    whole = contents_of(str(bench), opened, False)
+    refused = 0
+    for path in flips(bench / "toy", 60, np.random.default_rng(1)):
+        try:
+            opened = open_sources(str(bench), None)
+            assert contents_of(str(bench), opened, False) == whole, path  # a byte that holds nothing
+        except ValueError:
+            refused += 1
+    assert refused > 20
 
 
 # Endpoints

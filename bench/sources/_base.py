@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # The largest real image here is ETH3D's, 26 million pixels; past this a file is an attack or a mistake.
 MAX_PIXELS = 64_000_000
@@ -139,7 +139,9 @@ def open_image(data: bytes, name: str, formats: tuple[str, ...] = ("JPEG", "PNG"
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise BadFrame(f"{name} is not a readable {' or '.join(formats)} ({error})") from error
+        # what Pillow says of unknown content names an address in memory, which a record of a build must not hold
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise BadFrame(f"{name} is not a readable {' or '.join(formats)}{reason}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadFrame(f"{name} is {width}x{height}, more than {MAX_PIXELS} pixels; refused as a decompression bomb")
