@@ -5,14 +5,16 @@ says otherwise is refused. Runs of different protocols (mode, scorer's conventio
 data are never put in one table. OUT gets report.md, report.csv, tables.tex, leaderboard.html and the figures.
 """
 
+from __future__ import annotations
+
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import matplotlib
 import numpy as np
 import pandas
@@ -22,8 +24,10 @@ from . import ablate, figures, intervals, metrics, scoring
 from .files import read_json, write_text
 from .paper import MEASURED, read_tables, table_of, vqa_rows
 from .results import Results, check_same_points, name_apart, protocol, read_results
-from .rows import contents_of, open_sources, read_row
 from .tables import Row, Score, Table, csv_value, latex, markdown, markdown_text, page, plain
+
+if TYPE_CHECKING:
+    import datasets
 
 COLUMNS = ["protocol", "table", "from", "method", "against", "source", "metric", "value", "low", "high", "count"]
 COLUMNS += ["images", "images_of", "data"]  # of report.csv
@@ -553,6 +557,8 @@ def camera_tables(group: Group, rows: dict[str, datasets.Dataset], records: list
 
 def evaluated_rows(group: Group, data: str) -> dict[str, datasets.Dataset]:
     """The rows that a group scored, by source. Raises ValueError where `data` holds others."""
+    from .rows import contents_of, open_sources  # here: it imports transformers, which takes seconds
+
     opened = open_sources(data, list(group.scored))
     contents = contents_of(data, opened, group.runs[0].summary["protocol"]["as_released"])
     for source, scored in group.scored.items():
@@ -567,6 +573,8 @@ def evaluated_rows(group: Group, data: str) -> dict[str, datasets.Dataset]:
 
 def worst_images(group: Group, out: Path, rows: dict[str, datasets.Dataset]) -> list[str]:
     """Contact sheets of each run's worst images, with the error of each point, or pixel where maps were kept."""
+    from .rows import read_row
+
     lines = ["### Worst images", "Lowest δ1 first, then by the mean error. Crosses, and black: no answer."]
     places = {source: {name: place for place, name in enumerate(of["id"])} for source, of in rows.items()}
     for number, run in enumerate(group.runs, 1):
