@@ -167,26 +167,27 @@ def report(
     by_protocol = {}
     for run in runs:
         by_protocol.setdefault(protocol(run), []).append(run)
-    for members in by_protocol.values():
+    groups = []
+    for title, members in by_protocol.items():
         check_same_points(members)
+        members = best_first(members)
+        groups.append(Group(len(groups) + 1, title, members, score_sources(members)))
+    rows = [evaluated_rows(group, data) if data else None for group in groups]
     others, records = other_tables(paper, efficiency, ablations, vqa)
 
     out.mkdir(parents=True, exist_ok=True)
     notes = [*([PAPER] if paper else []), INTERVALS, BEST]
     sections = []
     with matplotlib.rc_context(figures.STYLE):
-        for number, (title, members) in enumerate(by_protocol.items(), 1):
-            runs = best_first(members)
-            group = Group(number, title, runs, score_sources(runs))
+        for group, images in zip(groups, rows, strict=True):
             blocks = delta1_tables(group, paper, records) + charts(group, out) + score_table(group, records)
             blocks += pair_table(group, out, records)
             blocks += depth_tables(group, out, records) + scene_tables(group, out, records)
-            if data is None:
+            if images is None:
                 blocks.append("Scores by camera and the worst images are left out: give `--data DIR_OR_ID`.")
             else:
-                rows = evaluated_rows(group, data)
-                blocks += camera_tables(group, rows, records) + worst_images(group, out, rows)
-            sections.append((f"Protocol {number}: {title}", blocks))
+                blocks += camera_tables(group, images, records) + worst_images(group, out, images)
+            sections.append((f"Protocol {group.number}: {group.title}", blocks))
     sections.append(("Other tables of the paper" if paper else "Other tables", others))
     write(out, notes, sections, records)
     return out / "report.md"
