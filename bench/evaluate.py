@@ -65,10 +65,8 @@ class Run:
 
     def check(self, out: Path, identity: dict) -> None:
         """Write OUT/run.json, or refuse an OUT that holds another run's. identity: see `identity_of`."""
-        record, path = (
-            asdict(self) | {"sources": list(self.sources), "format": scoring.FORMAT} | identity,
-            out / "run.json",
-        )
+        record = asdict(self) | {"sources": list(self.sources), "format": scoring.FORMAT} | identity
+        path = out / "run.json"
         if not any((out / "parts").glob("*.parquet")):  # else nothing of another run is there
             manifest.write_record(path, record)
             return

@@ -77,7 +77,7 @@ class Contestant:
     def prepare(self, queries: list[Query]):
         """What `maps` or `answers` is given: the queries, or what can be made of them while the batch before is run.
 
-        It is called in another thread, one batch ahead.
+        It is called in another process, some batches ahead: it cannot use the device, and attributes it sets are lost.
         """
         return queries
 
