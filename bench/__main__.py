@@ -139,6 +139,24 @@ def describe_frame(source: Source, split: str) -> str:
     )
 
 
+def add_verify(commands) -> None:
+    parser = commands.add_parser("verify", help="are built shards and results still what was written?")
+    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="of `build`, `import` or `evaluate`")
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from . import verify
+
+    problems = 0
+    for folder in args.folders:
+        for line in verify.verify(folder):
+            problems += line.startswith("problem: ")
+            print(line)
+    print(f"{problems} problems" if problems else "all as it was written")
+    return 1 if problems else 0
+
+
 def add_evaluate(commands) -> None:
     parser = commands.add_parser(
         "evaluate",
@@ -154,6 +172,14 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be scored")
+    parser.add_argument(
+        "--num-proc",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that prepare images; in dense mode, N more that score maps",
+    )
     parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
     parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")
     parser.set_defaults(run=run_evaluate)
@@ -176,7 +202,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     name, checkpoint = args.contestant
     sources = tuple(rows.open_sources(args.data, args.sources))
-    asked = evaluate.Run(args.model, args.data, sources, args.mode, args.as_released, args.max_points, args.dtype)
+    protocol = args.mode, args.as_released, args.max_points, args.dtype, args.skip_bad
+    asked = evaluate.Run(args.model, args.data, sources, *protocol)
     title = re.sub(r"[^A-Za-z0-9._-]+", "_", args.model).strip("_.") or Path(args.model).resolve().name  # of "." too
     out = args.out or Path("results") / title
     state = evaluate.processes()
@@ -189,13 +216,38 @@ def run_evaluate(args: argparse.Namespace) -> int:
         return 0
     if args.save_marked and state.is_main_process:
         evaluate.save_marked(asked, contestant, out / "marked", args.save_marked)
-    summary = evaluate.evaluate(asked, contestant, out, args.batch_size)
+    summary = evaluate.evaluate(asked, contestant, out, args.batch_size, args.num_proc)
     if summary:
-        for source, scored in summary["sources"].items():
-            print_scores(source, scored["metrics"], f"{scored['points']} points, {scored['counts']}")
-        print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
+        print_summary(summary, out)
         if failed := sum(scored["counts"].get("failed", 0) for scored in summary["sources"].values()):
             print(f"{failed} requests failed, and the same command makes them again; the first: {first_failure(out)}")
+    return 0
+
+
+def print_summary(summary: dict, out: Path) -> None:
+    for source, scored in summary["sources"].items():
+        data = summary["data"][source]
+        images = f"{data['hash'][:8]}, {scored['images']} of {data['images_of']} images, {scored['points']} points"
+        print_scores(source, scored["metrics"], f"{images}, {scored['counts']}")
+        for row in data["bad_rows"][:20]:
+            print(f"  left out, row {row['row']}, {row['id']}: {row['reason']}")
+        if len(data["bad_rows"]) > 20:
+            print(f"  and {len(data['bad_rows']) - 20} more, all listed in summary.json")
+    print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
+
+
+def add_rescore(commands) -> None:
+    parser = commands.add_parser("rescore", help="compute the scores of `evaluate` again, from its saved predictions")
+    parser.add_argument("folder", metavar="RESULTS", type=Path)
+    parser.add_argument("--data", metavar="DIR_OR_ID", help="what was evaluated, for maps; default: where it was then")
+    parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that score maps")
+    parser.set_defaults(run=run_rescore)
+
+
+def run_rescore(args: argparse.Namespace) -> int:
+    from . import evaluate
+
+    print_summary(evaluate.rescore(args.folder, args.data, args.num_proc), args.folder)
     return 0
 
 
@@ -229,7 +281,18 @@ def summarise(record: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m bench", description="DepthVLM-Bench: 13 depth data sets, one schema")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_sources, add_check, add_build, add_import, add_evaluate, add_report, add_ablate, add_retention):
+    for add in (
+        add_sources,
+        add_check,
+        add_build,
+        add_import,
+        add_verify,
+        add_evaluate,
+        add_rescore,
+        add_report,
+        add_ablate,
+        add_retention,
+    ):
         add(commands)
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -4,7 +4,6 @@ Each row is a file of configs/ablations: what it changes of the tiny model and o
 seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
 """
 
-import csv
 import hashlib
 import json
 import math
@@ -13,25 +12,22 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+import pandas
 import yaml
 from tqdm import tqdm
 
+from . import paper
 from .arguments import positive
+from .tables import Row, Score, Table, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "configs" / "ablations"
-TITLES = {
-    4: "depth heads",
-    5: "feature sources",
-    6: "stages of training",
-    7: "focal-length normalization",
-}
-PAPER_SETS = ("Waymo", "NuScenes", "sunRGBD", "IBims-1")
-PAPER_VQA = ("MMB-EN", "MMStar", "BLINK", "OCRBench")
-KEYS = {"tables", "paper", "paper_vqa", "config", "stages", "stage1", "stage2", "focal_normalization"}
+TABLES = (4, 5, 6, 7)  # of the paper
+KEYS = {"tables", "config", "stages", "stage1", "stage2", "focal_normalization"}
 MOST_HELD_OUT = 500  # frames
 # metrics of the trainer's JSON files -> their names here
 METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": "questions"}
@@ -39,9 +35,8 @@ METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": 
 
 def add_ablate(commands) -> None:
     parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
-    parser.add_argument("--scale", choices=("tiny",), default="tiny", help="size of the model")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
-    parser.add_argument("--tables", type=int, nargs="+", choices=tuple(TITLES), default=list(TITLES))
+    parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a whole run of every row each")
     parser.add_argument("--steps", type=positive, metavar="N", help="of every stage; default: the rows' own")
     parser.add_argument(
@@ -74,13 +69,12 @@ def read_rows(folder: Path = ROWS) -> dict[str, dict]:
         row = yaml.safe_load(file.read_text())
         if unknown := set(row) - KEYS:
             raise ValueError(f"{file.name} has {', '.join(sorted(unknown))}; a row has {', '.join(sorted(KEYS))}")
-        if missing := {"tables", "paper"} - set(row):
-            raise ValueError(f"{file.name} has no {', '.join(sorted(missing))}; add it, as in ours.yaml")
+        if "tables" not in row:
+            raise ValueError(f"{file.name} has no tables; add them, as in ours.yaml")
         merged = {"config": {}, "stage1": {}, "stage2": {}, "focal_normalization": True}
         for key in ("config", "stage1", "stage2"):
             merged[key] = ours.get(key, {}) | row.get(key, {})
-        merged |= {key: row.get(key, ours[key]) for key in ("tables", "paper", "stages")}
-        merged["paper_vqa"] = row.get("paper_vqa")
+        merged |= {key: row.get(key, ours[key]) for key in ("tables", "stages")}
         merged["focal_normalization"] = row.get("focal_normalization", True)
         rows[file.stem] = merged
     return rows
@@ -89,7 +83,7 @@ def read_rows(folder: Path = ROWS) -> dict[str, dict]:
 def rows_of(rows: dict[str, dict], table: int) -> list[str]:
     """Names of a table's rows, in the paper's order."""
     return sorted(
-        (name for name in rows if table in rows[name]["tables"]), key=lambda n: rows[n]["tables"][table]["place"]
+        (name for name in rows if table in rows[name]["tables"]), key=lambda name: rows[name]["tables"][table]
     )
 
 
@@ -257,6 +251,15 @@ def digest(content) -> str:
 
 # Tables
 
+DEPTH_SETS = 4  # columns of each table; table 6 has four general benchmarks after them
+MEASURED = {"delta1": "δ1", "abs_rel": "AbsRel", "questions": "questions right"}
+NOTES = {
+    7: [
+        "The tiny model's canonical focal length is a fifth of the paper's: 100, 200 and 300 px. The common start was "
+        "trained at 200 px. Raw: photos at their own size."
+    ]
+}
+
 
 def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames: int, changes: dict) -> str:
     """Write out/ablations.md and out/tableN.csv; returns the Markdown. results: as `ablate` returns them."""
@@ -264,63 +267,91 @@ def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames
     steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the rows' own steps"
     text = [
         "# Tables 4 to 7 of the paper, in miniature\n",
-        f"A tiny model on `procedural`: {frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel "
-        f"are the trainer's: over the labelled pixels of each of {held_out(frames)} held-out frames, on the grid that "
-        "the model predicts, then over the frames. Mean ± sample standard deviation over seeds. The paper's columns "
-        "are its 4B model's on other data: only the order of rows can be compared. All rows of a seed start from one "
-        "tiny model that was trained on questions alone; after that its vision tower is frozen, unless the row says "
-        "otherwise.",
+        f"{frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel are the trainer's: over the "
+        f"labelled pixels of each of {held_out(frames)} held-out frames, on the predicted grid, then over "
+        "the frames. The paper's columns are its 4B model's on other data: only the order of rows can be compared. All "
+        "rows of a seed start from one tiny model that was trained on questions alone; after that its vision tower is "
+        "frozen, unless the row says otherwise.\n",
     ]
+    published = paper.read_tables()
     for table in tables:
-        names = rows_of(rows, table)
-        records = [record(rows[name], table, results[name]) for name in names]
-        with open(out / f"table{table}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
-        text += [f"\n## Table {table}: {TITLES[table]}\n", markdown(records)]
-        if table == 7:
-            text.append(
-                "\nThe tiny model's canonical focal length is a fifth of the paper's: 500, 1000 and 1500 px are 100, "
-                "200 and 300 px here. The common start was trained at 200 px. Raw: photos at their own size."
-            )
-        text.append("\n" + order(records))
-    text = "\n".join(text) + "\n"
+        metrics = ("delta1", "abs_rel", "questions") if table == 6 else ("delta1", "abs_rel")
+        records = []
+        for name in rows_of(rows, table):
+            row = published[str(table)]["rows"][rows[name]["tables"][table] - 1]
+            records.append(record(row, published[str(table)]["columns"], results[name], metrics))
+        pandas.DataFrame(records).to_csv(out / f"table{table}.csv", index=False)
+        text += [markdown(comparison(table, records)), order(records) + "\n"]
+    text = "\n".join(text)
     (out / "ablations.md").write_text(text)
     return text
 
 
-def record(row: dict, table: int, by_seed: dict[int, dict]) -> dict:
-    """A row of a table: the paper's numbers, means and spreads, and each seed's."""
-    found = {"row": row["tables"][table]["title"]}
-    found |= {f"paper {name}": value for name, value in zip(PAPER_SETS, row["paper"], strict=True)}
-    found["paper mean"] = round(statistics.mean(row["paper"]), 4)
-    metrics = ["delta1", "abs_rel"]
-    if table == 6:
-        found |= {f"paper {name}": value for name, value in zip(PAPER_VQA, row["paper_vqa"], strict=True)}
-        metrics.append("questions")
+def record(row: dict, columns: list[str], by_seed: dict[int, dict], metrics: Sequence[str]) -> dict:
+    """A line of tableN.csv: the paper's numbers, means and sample standard deviations over seeds, and each seed's."""
+    line = published_part(row, columns)
     for metric in metrics:
         values = [by_seed[seed][metric] for seed in sorted(by_seed)]
-        found[metric] = statistics.mean(values)
-        found[f"{metric} spread"] = statistics.stdev(values) if len(values) > 1 else None
-        found |= {f"{metric} seed {seed}": by_seed[seed][metric] for seed in sorted(by_seed)}
-    return found
+        line[metric] = statistics.mean(values)
+        line[f"{metric} spread"] = statistics.stdev(values) if len(values) > 1 else None
+        line |= {f"{metric} seed {seed}": by_seed[seed][metric] for seed in sorted(by_seed)}
+    return line
 
 
-def markdown(records: list[dict]) -> str:
-    """The paper's columns first, then what was measured here."""
-    titles = {"delta1": "δ1", "abs_rel": "AbsRel", "questions": "questions right"}
-    paper = [key for key in records[0] if key.startswith("paper ")]
-    here = [key for key in titles if key in records[0]]
-    lines = ["| Row | " + " | ".join([*paper, *(f"**here: {titles[key]}**" for key in here)]) + " |"]
-    lines.append("|---|" + "---:|" * (len(paper) + len(here)))
-    for row in records:
-        cells = [row["row"], *(f"{row[key]:.3f}" if row[key] < 1 else f"{row[key]:g}" for key in paper)]
-        for key in here:
-            spread = row[f"{key} spread"]
-            cells.append(f"{row[key]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def published_part(row: dict, columns: list[str]) -> dict:
+    numbers = {f"paper {name}": value for name, value in zip(columns, row["values"], strict=True)}
+    return {"row": row["method"]} | numbers | {"paper mean": round(statistics.mean(row["values"][:DEPTH_SETS]), 4)}
+
+
+def read_records(folder: Path) -> dict[int, list[dict]]:
+    """Number of the table -> its lines, of the tables that `bench ablate --out folder` wrote; ValueError without any.
+
+    The paper's numbers are not taken from there.
+    """
+    remedy = "pass the --out of `python -m bench ablate`"
+    records = {}
+    for number in TABLES:
+        file, published = folder / f"table{number}.csv", paper.read_tables()[str(number)]
+        if not file.exists():
+            continue
+        rows = {row["method"]: row for row in published["rows"]}
+        try:
+            table = pandas.read_csv(file)
+            measured = table[[name for name in table if name.split(" ")[0] in MEASURED]].astype(float)
+            measured = measured.astype(object).where(measured.notna(), None).to_dict("records")
+            lines = zip(table["row"], measured, strict=True)
+            records[number] = [published_part(rows[row], published["columns"]) | line for row, line in lines]
+            comparison(number, records[number])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no table of an ablation ({error!r}); {remedy}") from error
+    if not records:
+        raise ValueError(f"{folder} has none of the files {', '.join(f'table{n}.csv' for n in TABLES)}; {remedy}")
+    return records
+
+
+def comparison(number: int, records: list[dict]) -> Table:
+    """A table of the paper with its own columns first, then the measured ones."""
+    published = paper.read_tables()[str(number)]
+    digits = dict(zip(published["columns"], paper.decimals_of(published), strict=True)) | {"mean": 3}
+    columns = [key for key in records[0] if key.startswith("paper ")]
+    metrics = [key for key in MEASURED if key in records[0]]
+    rows = []
+    for line in records:
+        cells = [Score(line[key], decimals=digits[key.removeprefix("paper ")]) for key in columns]
+        for metric in metrics:
+            spread = line[f"{metric} spread"]
+            cells.append(f"{line[metric]:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+        rows.append(Row([line["row"]], cells))
+    return Table(
+        paper.title_of(str(number), published),
+        ["row"],
+        [*columns, *(f"measured {MEASURED[metric]}" for metric in metrics)],
+        rows,
+        [
+            "Measured: a tiny model on the set procedural, means and sample standard deviations over seeds.",
+            *NOTES.get(number, []),
+        ],
+    )
 
 
 def order(records: list[dict]) -> str:

@@ -90,6 +90,12 @@ class AnnotationReader:
         if record.get("original_fx") is None or record.get("canonical_size") is None:
             raise BadFrame("original_fx or canonical_size is null: the focal length of this image is not known")
         focal = number(record, "original_fx")
+        if self.as_released:
+            canonical = size_of(record, "canonical_size")
+            try:
+                focal = released.focal_length(focal, size, canonical)
+            except ValueError as error:
+                raise BadFrame(str(error)) from error
         intrinsics = (focal, focal, (size[0] - 1) / 2, (size[1] - 1) / 2)  # fy and the centre were not released
 
         scale = number(record, "depth_scale") if "depth_scale" in record else 1000.0  # the released reader's default
@@ -109,21 +115,17 @@ class AnnotationReader:
                 columns, rows, metres = columns[true], rows[true], metres[true]
             self._check_points(columns, rows, metres, depth)
             if self.as_released:
-                points = released.scored_points(
-                    columns, rows, metres, unmasked, size, size_of(record, "canonical_size")
-                )
+                points = released.scored_points(columns, rows, metres, unmasked, size, canonical)
+                if not len(points[0]):
+                    raise BadFrame("all points fall outside canonical_size by rounding; the released scorer counts 0")
             else:
-                points = (*self._on_image(columns, rows, depth_size, size), metres)
+                points = (*change_grid(columns, rows, depth_size, size), metres)
         if self.as_released or self.source.name not in RAY_SOURCES:
             return intrinsics, depth, points
         u, v, metres = points
-        grid = self._on_image(np.arange(depth_size[0])[None, :], np.arange(depth_size[1])[:, None], depth_size, size)
+        pixels = np.arange(depth_size[0])[None, :], np.arange(depth_size[1])[:, None]
+        grid = change_grid(*pixels, depth_size, size)
         return intrinsics, depth / ray_per_z(*grid, intrinsics), (u, v, metres / ray_per_z(u, v, intrinsics))
-
-    @staticmethod
-    def _on_image(columns, rows, depth_size, size):
-        """Pixels of the depth map -> px of the image, by pixel centres."""
-        return change_grid(columns, depth_size[0], size[0]), change_grid(rows, depth_size[1], size[1])
 
     def _depth_map(self, record: dict, size: tuple[int, int], scale: float, rotated: bool) -> np.ndarray:
         """(h, w) float32 metres; what lies outside the source's range is 0, as in the released reader."""

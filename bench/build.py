@@ -1,26 +1,25 @@
 """A split of a source -> Parquet shards that `load_dataset` opens: OUT/{source}/{split}-00000-of-000NN.parquet.
 
-Beside each shard lies its report (.json), written last: a shard with a report is finished and is not made again.
-OUT/{source}/{split}.json holds the parameters from the start and the summary at the end.
+Beside each shard lies its record (.json), written last: a shard that is what its record says is finished and is not
+made again. OUT/{source}/{split}.json holds the parameters from the start, and the summary and all hashes at the end.
+Any number of builds may run in one folder at once: each file is written under a name of its own and put in place whole,
+with the same bytes whoever writes it.
 """
 
-import contextlib
 import functools
 import inspect
 import io
 import itertools
 import json
+import logging
 import math
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -28,14 +27,16 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from . import sampling
-from .files import open_whole, write_json
+from . import manifest, sampling
+from .files import open_whole, shared_folder
 from .sources._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
+from .workers import Workers
 
 SHARD_IMAGES = 200
 ROW_GROUP_IMAGES = 100  # a viewer and a stream read a row group at a time
 ROW_GROUP_BYTES = 64 << 20
 ORIENTATION = ExifTags.Base.Orientation
+logger = logging.getLogger(__name__)
 
 
 class Skipped(ValueError):
@@ -224,35 +225,75 @@ def schema() -> pa.Schema:
     return FEATURES.arrow_schema.with_metadata({"huggingface": json.dumps(features)})
 
 
-def write_shard(reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], strict: bool) -> dict:
-    """Write one shard under another name, put it in place, then its report, which is returned."""
-    report = {"ids": _ids(items), "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
-    rows, size, seen = [], 0, set()
+def write_shard(
+    reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], build: dict, strict: bool
+) -> dict:
+    """
+    Write one shard, then its record, which is returned; of a shard that is finished, only read the record.
+
+    build: what the records of all shards have in common, with the `parameters`. Picklable, and any number of processes
+    may write the same shard.
+    """
+    frames = sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
+    if record := _finished(path, frames, build):
+        return record
+    record = {"frames": frames, "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
+
+    def rows() -> Iterator[dict]:
+        seen = set()
+        for frame, n_points in items:
+            row, reason, words = read_row(reader, frame, n_points)
+            if row is None:
+                if strict:
+                    raise Skipped(f"{frame.id}: {reason}")
+                record["skipped"].append({"id": frame.id, "reason": reason})
+                continue
+            if row["id"] in seen:
+                raise ValueError(f"two frames are called {row['id']!r}; a frame's id must be unique in its split")
+            seen.add(row["id"])
+            record["written"] += 1
+            record["pixels"] += words.size
+            record["valid_pixels"] += int(np.count_nonzero(words))
+            record["points"] += len(row["points_u"])
+            yield row
+
     with open_whole(path) as file:
-        with pq.ParquetWriter(file, arrow, use_dictionary=["source", "split", "scene", "camera"]) as writer:
-            for frame, n_points in items:
-                row, reason, words = read_row(reader, frame, n_points)
-                if row is None:
-                    if strict:
-                        raise Skipped(f"{frame.id}: {reason}")
-                    report["skipped"].append({"id": frame.id, "reason": reason})
-                    continue
-                if row["id"] in seen:
-                    raise ValueError(f"two frames are called {row['id']!r}; a frame's id must be unique in its split")
-                seen.add(row["id"])
-                rows.append(row)
-                size += len(row["image"]["bytes"]) + len(row["depth"]["bytes"])
-                report["written"] += 1
-                report["pixels"] += words.size
-                report["valid_pixels"] += int(np.count_nonzero(words))
-                report["points"] += len(row["points_u"])
-                if len(rows) == ROW_GROUP_IMAGES or size > ROW_GROUP_BYTES:
-                    writer.write_table(pa.Table.from_pylist(rows, arrow))
-                    rows, size = [], 0
-            if rows:  # an empty row group cannot be loaded
-                writer.write_table(pa.Table.from_pylist(rows, arrow))
-    write_json(_report_path(path), report)
-    return report
+        hashes = _write_rows(file, arrow, rows())
+    return manifest.write_record_beside(path, build | record | {"rows": hashes})
+
+
+def _write_rows(file: IO, arrow: pa.Schema, rows: Iterator[dict]) -> dict[str, str]:
+    """Write rows as Parquet; returns the hash of each by its id."""
+    hashes = {}
+    with pq.ParquetWriter(file, arrow, use_dictionary=["source", "split", "scene", "camera"]) as writer:
+        for group in _row_groups(rows):
+            table = pa.Table.from_pylist(group, arrow)
+            writer.write_table(table)
+            hashes |= {row["id"]: manifest.row_hash(row) for row in table.to_pylist()}
+    return hashes
+
+
+def _row_groups(rows: Iterator[dict]) -> Iterator[list[dict]]:
+    group, size = [], 0
+    for row in rows:
+        group.append(row)
+        size += len(row["image"]["bytes"]) + len(row["depth"]["bytes"])
+        if len(group) == ROW_GROUP_IMAGES or size > ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:  # an empty row group cannot be loaded
+        yield group
+
+
+def _finished(path: Path, frames: str, build: dict) -> dict | None:
+    """The record of a shard that is finished and as it was written; refused when it was made of something else."""
+    record = manifest.record_beside(path)
+    if record is None:
+        return None
+    _check_parameters(path, record, build)
+    if record["frames"] != frames:
+        raise ValueError(f"{path} holds other frames than the raw folder lists now; give another --out or remove it")
+    return record
 
 
 def write_split(
@@ -265,10 +306,10 @@ def write_split(
     num_proc: int = 1,
     strict: bool = False,
 ) -> dict:
-    """Write all shards of a split that are not finished yet, then the summary and the card; returns the summary.
+    """Write all shards of a split that are not finished yet, then the split's record, which is returned, and the card.
 
     parameters: what decides the output, with `images`, the number of items. A folder that was built with others is
-    refused. strict: the first frame that cannot be used raises Skipped; otherwise it is listed in the summary.
+    refused. strict: the first frame that cannot be used raises Skipped; otherwise it is listed in the record.
     """
     from . import card  # here: it imports `datasets`, which takes a second that workers need not spend
     from .depthvlm_bench import VERSION
@@ -276,124 +317,96 @@ def write_split(
     folder = Path(out) / source.name
     folder.mkdir(parents=True, exist_ok=True)
     parameters = json.loads(json.dumps({"version": VERSION, **parameters}))
-    record = {"source": source.name, "split": split, "finished": False, "parameters": parameters}
-    _begin(folder / f"{split}.json", record)
-    for leftover in folder.glob(f".{split}*.tmp"):
-        leftover.unlink(missing_ok=True)
-
+    build = {"source": source.name, "split": split, "parameters": parameters, "versions": manifest.versions()}
     images = parameters["images"]
     n_shards = math.ceil(images / SHARD_IMAGES)
-    reports = {}
 
-    def unfinished() -> Iterator[tuple[Path, list]]:
+    def shards() -> Iterator[tuple[Path, list]]:
         rest = iter(items)
         for i in range(n_shards):
             path = folder / f"{split}-{i:05d}-of-{n_shards:05d}.parquet"
-            shard = list(itertools.islice(rest, (i + 1) * images // n_shards - i * images // n_shards))
-            report = _finished(path, shard)
-            if report is None:
-                yield path, shard
-            else:
-                reports[path] = report
-                bar.update(len(shard))
+            yield path, list(itertools.islice(rest, (i + 1) * images // n_shards - i * images // n_shards))
         next(rest, None)  # runs the listing to its end, where `choose` checks that it has not changed
 
-    with tqdm(total=images, desc=f"{source.name}/{split}", unit="image", disable=None) as bar:
-        for path, report in _run(reader, unfinished(), num_proc, strict):
-            reports[path] = report
-            bar.update(report["written"] + len(report["skipped"]))
-
-    paths = sorted(reports)
-    reports = [reports[path] for path in paths]
-    facts = {key: getattr(source, key) for key in ("title", "page", "licence", "citation")}
-    sums = {key: sum(report[key] for report in reports) for key in ("written", "pixels", "valid_pixels", "points")}
-    skipped = [frame for report in reports for frame in report["skipped"]]
-    if not sums["written"]:
-        first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
-        for path in paths:  # with --images or --raw put right, the same command has to read them again
-            path.with_suffix(".json").unlink()
-            path.with_suffix(".parquet").unlink(missing_ok=True)
-        raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
-    record |= {"finished": True, "shards": n_shards, **sums, "skipped": skipped, **facts}
-    write_json(folder / f"{split}.json", record)
-    card.write(out)
+    with shared_folder(Path(out), (f"{source.name}/.{split}*.tmp", ".README.md.*.tmp")):
+        _begin(folder / f"{split}.json", build)
+        records = {}
+        with tqdm(total=images, desc=f"{source.name}/{split}", unit="image", disable=None) as bar:
+            for path, record in _run(reader, shards(), build, num_proc, strict):
+                records[path] = record
+                bar.update(record["written"] + len(record["skipped"]))
+        paths = sorted(records)
+        records = [records[path] for path in paths]
+        skipped = [frame for record in records for frame in record["skipped"]]
+        sums = {key: sum(record[key] for record in records) for key in ("written", "pixels", "valid_pixels", "points")}
+        if not sums["written"]:
+            for path in paths:  # with --images or --raw put right, the same command has to read them again
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
+            raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
+        hashes = {name: value for record in records for name, value in record["rows"].items()}
+        if len(hashes) < sums["written"]:
+            raise ValueError(f"two frames of {folder} have one id; a frame's id must be unique in its split")
+        record = build | {
+            "finished": True,
+            "images_of": max(images, min(parameters["images_listed"], sampling.IMAGES[split])),
+            "shards": n_shards,
+            **sums,
+            "skipped": skipped,
+            **{key: getattr(source, key) for key in ("title", "page", "licence", "citation")},
+            "content": manifest.content_hash(hashes.values()),
+            "files": [record["file"] | {"rows": record["written"]} for record in records],
+        }
+        record = manifest.write_record(folder / f"{split}.json", record)
+        card.write(out)
     if strict and skipped:
         raise Skipped(f"{len(skipped)} frames were skipped by an earlier run without --strict: {skipped[0]}")
     return record
 
 
-def _begin(path: Path, record: dict) -> None:
+def _begin(path: Path, build: dict) -> None:
     """Write the record of a new build, or check that the one begun there is the same."""
-    if not path.exists():
-        return write_json(path, record)
-    old, new = json.loads(path.read_text())["parameters"], record["parameters"]
+    try:
+        record = manifest.read_record(path)
+    except FileNotFoundError:
+        record = manifest.write_record(path, build | {"finished": False})
+    except ValueError as error:
+        logger.warning("%s; it is made again", error)
+        record = manifest.write_record(path, build | {"finished": False})
+    _check_parameters(path, record, build)
+
+
+def _check_parameters(path: Path, record: dict, build: dict) -> None:
+    old, new = record["parameters"], build["parameters"]
     differing = [f"{key} {old.get(key)} (now {new.get(key)})" for key in {**old, **new} if old.get(key) != new.get(key)]
     if differing:
+        split = path.with_name(build["split"])
         raise ValueError(
-            f"{path.parent} holds {record['split']} shards built with {', '.join(differing)}; "
-            f"give another --out, or remove {path.with_suffix('')}* to build anew"
+            f"{path.parent} holds {build['split']} shards built with {', '.join(differing)}; "
+            f"give another --out, or remove {split}* to build anew"
         )
-
-
-def _finished(path: Path, items: list) -> dict | None:
-    """The report of a shard that is finished; refused when it was made of other frames."""
-    if not path.exists() or not _report_path(path).exists():
-        return None
-    report = json.loads(_report_path(path).read_text())
-    if report["ids"] != _ids(items):
-        raise ValueError(f"{path} holds other frames than the raw folder lists now; give another --out or remove it")
-    return report
-
-
-def _report_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
-
-
-def _ids(items: list[tuple[Frame, int]]) -> str:
-    return sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
 
 
 # Processes
 
 
-def _run(reader, tasks: Iterator[tuple[Path, list]], num_proc: int, strict: bool) -> Iterator[tuple[Path, dict]]:
+def _run(
+    reader, tasks: Iterator[tuple[Path, list]], build: dict, num_proc: int, strict: bool
+) -> Iterator[tuple[Path, dict]]:
     """Write the shards in num_proc processes, with at most two shards a process listed ahead."""
     arrow = schema()
     if num_proc == 1:
         for path, items in tasks:
-            yield path, write_shard(reader, arrow, path, items, strict)
+            yield path, write_shard(reader, arrow, path, items, build, strict)
         return
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=_begin_worker)
     pending = {}
-    try:
+    with Workers(num_proc) as pool:  # when it ends by Ctrl-C or a refusal, finished shards stay
         for path, items in tasks:
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that starts here is not yet silent
-            pending[pool.submit(write_shard, reader, arrow, path, items, strict)] = path
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            pending[pool.submit(write_shard, reader, arrow, path, items, build, strict)] = path
             if len(pending) > 2 * num_proc:
                 for done in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(done), done.result()
         while pending:
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(done), done.result()
-        pool.shutdown()
-    except BaseException:  # Ctrl-C or a refusal: the shards in work are given up, finished ones stay
-        workers = set(multiprocessing.active_children()) - others
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            with contextlib.suppress(OSError):
-                worker.kill()
-        raise
-
-
-def _begin_worker() -> None:
-    """A worker ends by Ctrl-C without a word, and with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)

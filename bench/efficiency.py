@@ -349,11 +349,12 @@ def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats
     }
 
 
-def evaluation_overhead(checkpoint: str, data: str) -> dict:
+def evaluation_overhead(checkpoint: str, data: str, rounds: int = 3) -> dict:
     """`python -m bench evaluate` against its forwards alone, over all points of `data`, both in this process.
 
-    The forwards alone are timed first, one batch after the other with nothing beside them: while `evaluate` reads and
-    prepares ahead, its own forwards share a CPU's cores with that.
+    The forwards alone are timed one batch after the other with nothing beside them: while `evaluate` reads and prepares
+    ahead, its own forwards share a CPU's cores with that. Both take turns, after a round of forwards that is not
+    counted; the seconds are of the round with the median overhead.
     """
     from . import evaluate, rows
     from .contestants.depthvlm import DepthVLM
@@ -371,24 +372,36 @@ def evaluation_overhead(checkpoint: str, data: str) -> dict:
     opened = rows.open_sources(data, None)
     run = evaluate.Run(checkpoint, data, tuple(opened))
     kept = rows.points_of(opened, run.mode, run.max_points)
-    for name, dataset in opened.items():
-        for start in range(0, len(dataset), rows.CHUNK):
-            _, queries = rows.read_chunk(dataset, start, kept[name], run.mode)
-            for first in range(0, len(queries), EVALUATED_AT_ONCE):
-                contestant.maps(contestant.prepare(queries[first : first + EVALUATED_AT_ONCE]))
-    alone = sum(seconds)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        summary = evaluate.evaluate(run, contestant, Path(folder), EVALUATED_AT_ONCE)
-        whole = time.perf_counter() - start
+    chunks = [(name, start) for name, held in opened.items() for start in range(0, len(held), evaluate.CHUNK)]
+    batches = evaluate.Batches(run, contestant, opened, kept, chunks, EVALUATED_AT_ONCE)
+
+    def forwards_alone() -> float:
+        seconds.clear()
+        for number in range(len(batches)):
+            *_, prepared = batches[number]
+            contestant.maps(prepared)
+        return sum(seconds)
+
+    forwards_alone()
+    measured = []
+    for _ in range(rounds):
+        alone = forwards_alone()
+        seconds.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            summary = evaluate.evaluate(run, contestant, Path(folder), EVALUATED_AT_ONCE)
+            whole = time.perf_counter() - start
+        measured.append((whole / alone - 1, whole, alone, sum(seconds)))
+    overhead, whole, alone, within = sorted(measured)[rounds // 2]
     images = sum(source["images"] for source in summary["sources"].values())
     return {
         "images": images,
         "images_per_second": images / whole,
         "seconds": whole,
         "forward_seconds_alone": alone,
-        "forward_seconds_within": sum(seconds) - alone,
-        "overhead": whole / alone - 1,
+        "forward_seconds_within": within,
+        "overhead": overhead,
+        "overheads": [overhead for overhead, *_ in measured],
         "machine": machine("cpu"),
     }
 

@@ -1,44 +1,48 @@
 """Scores a contestant on DepthVLM-Bench: rows of `load_dataset` -> predictions -> scores.
 
-OUT holds `run.json` (what was asked), `parts/` (finished chunks), and at the end `predictions.parquet` (one row a
-point; in dense mode `images.parquet`, one row an image) and `summary.json`. A chunk is a fixed run of a source's rows;
-each process takes every n-th, writes it whole or not at all, and skips what is there. So any number of processes,
-killed and started again as often as you like, ends in the same files.
+OUT holds `run.json` (what was asked), `parts/` (finished chunks), and at the end `predictions.parquet` (one row per
+point; in dense mode `images.parquet`, one row per image, and `maps/SOURCE.parquet`, the predicted maps) and
+`summary.json`. A chunk is a fixed run of a source's rows; each process takes every n-th, writes it whole or not at all,
+with its hash beside it, and skips what is finished. So any number of processes, killed and started again as often as
+you like, ends in the same files.
+
+Images are read and prepared by other processes than the one that runs the model, and maps are scored by yet others.
 """
 
-import functools
 import hashlib
 import itertools
-import json
 import platform
 import re
+import sys
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from . import contestants, scoring
+from . import contestants, manifest, scoring
 from .contestants import _prompt
 from .contestants._base import Contestant
 from .depthvlm_bench import VERSION
-from .files import open_whole, write_json
-from .rows import CHUNK, check_annotations, open_sources, points_of, read_chunk
+from .files import open_whole
+from .rows import BadRow, Contents, contents_of, open_sources, points_of, read_row, refuse
+from .workers import Workers, end_with_parent
 
+CHUNK = 16  # rows of a source that are finished together
+PENDING = 2  # chunks whose maps are being scored while the model goes on
 DECIDING = ("*.safetensors", "*.jinja", "*config.json", "tokenizer.json")  # files of a checkpoint that make its answers
-POINT_FEATURES = datasets.Features(
-    {name: datasets.Value("string") for name in ("id", "source")}
-    | {name: datasets.Value("float64") for name in ("u", "v", "gt", "prediction")}
-    | {name: datasets.Value("string") for name in ("status", "text")}
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Run:
 
     model: `NAME:CHECKPOINT` of bench/contestants, or a checkpoint alone. data: folder or hub id of a built benchmark.
     max_points: at most so many points in all, evenly spread; None scores all. as_released: score as the released code
-    does, over rows of `import --as-released`.
+    does, over rows of `import --as-released`. skip_bad: leave rows that cannot be scored out, and count them.
     """
 
     model: str
@@ -57,26 +61,32 @@ class Run:
     as_released: bool = False
     max_points: int | None = None
     dtype: str = "float32"
+    skip_bad: bool = False
 
     def check(self, out: Path, identity: dict) -> None:
         """Write OUT/run.json, or refuse an OUT that holds another run's. identity: see `identity_of`."""
-        record, file = (
-            asdict(self) | {"sources": list(self.sources), "format": scoring.FORMAT} | identity,
-            out / "run.json",
+        record = asdict(self) | {"sources": list(self.sources), "format": scoring.FORMAT} | identity
+        path = out / "run.json"
+        if not any((out / "parts").glob("*.parquet")):  # else nothing of another run is there
+            manifest.write_record(path, record)
+            return
+        try:
+            other = manifest.read_record(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{out} holds results of an unknown run ({error}); choose another --out or remove it"
+            ) from error
+        differing = sorted(
+            key for key in record.keys() | other.keys() - {"checksum"} if record.get(key) != other.get(key)
         )
-        if file.exists() and any((out / "parts").glob("*.parquet")):  # else nothing of the other run is there
-            there = json.loads(file.read_text())
-            other = sorted(key for key in record.keys() | there.keys() if record.get(key) != there.get(key))
-            if other:
-                raise ValueError(
-                    f"{out} holds another run ({', '.join(f'{key} {there.get(key)!r}' for key in other)}, now "
-                    f"{', '.join(repr(record.get(key)) for key in other)}); choose another --out or remove it"
-                )
-        else:
-            write_json(file, record)
+        if differing:
+            raise ValueError(
+                f"{out} holds another run ({', '.join(f'{key} {other.get(key)!r}' for key in differing)}, now "
+                f"{', '.join(repr(record.get(key)) for key in differing)}); choose another --out or remove it"
+            )
 
 
-def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dataset]) -> dict:
+def identity_of(run: Run, contestant: Contestant, contents: dict[str, Contents]) -> dict:
     """What a run's names stand for now: the checkpoint's files may change under their name, and the data's."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -87,18 +97,13 @@ def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dat
         files = [weights] if weights.is_file() else sorted(file for kind in DECIDING for file in weights.glob(kind))
         digest = hashlib.sha256()
         for file in files:
-            with file.open("rb") as content:
-                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{file.name} {manifest.fingerprint(file)['sha256']}\n".encode())
         version = digest.hexdigest()
     else:
         config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
         version = Path(config).parent.name if isinstance(config, str) else ""  # the commit
-    digest = hashlib.sha256()
-    for rows in opened.values():
-        points = rows.select_columns(["id", "points_u", "points_v", "points_depth"]).with_format("arrow")
-        for table in points.iter(1000):
-            digest.update(repr(table.to_pydict()).encode())
-    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "points": digest.hexdigest()}
+    content = {source: held.hash for source, held in contents.items()}
+    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "content": content}
 
 
 # Contestants
@@ -132,8 +137,14 @@ def find_contestant(model: str) -> tuple[str, str]:
 # A run
 
 
-def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -> dict | None:
-    """Score what is not scored yet, or failed, and, on the main process, write and return the summary."""
+def evaluate(
+    run: Run, contestant: Contestant, out: Path, batch_size: int = 4, num_proc: int = 1
+) -> dict[str, Any] | None:
+    """
+    Score what is not scored yet, or failed, and, on the main process, write and return the summary.
+
+    num_proc: processes that read and prepare images ahead, and, in dense mode, processes that score maps.
+    """
     state = processes()
     opened = open_sources(run.data, list(run.sources))
     if run.mode == "dense" and not contestant.dense:
@@ -144,33 +155,35 @@ def evaluate(run: Run, contestant: Contestant, out: Path, batch_size: int = 4) -
         raise ValueError(
             f"--max-points {run.max_points} is of points, and --mode dense scores whole maps; leave it out"
         )
-    check_annotations(run.data, run.sources, run.as_released)
-    kept = points_of(opened, run.mode, run.max_points)
+    contents = contents_of(run.data, opened, run.as_released)
+    if not run.skip_bad:
+        for name, held in contents.items():
+            refuse(run.data, name, held.bad)
+    kept = points_of(opened, run.mode, run.max_points, contents)
     if state.is_main_process:
         (out / "parts").mkdir(parents=True, exist_ok=True)
-        run.check(out, identity_of(run, contestant, opened))
+        run.check(out, identity_of(run, contestant, contents))
     state.wait_for_everyone()
 
     chunks = [(name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK)]
-    todo = [chunk for chunk in chunks[state.process_index :: state.num_processes] if not is_done(part_file(out, chunk))]
-    batch_size = batch_size if contestant.batch_safe else 1
-    score = scoring.score_maps
-    if run.mode == "points":
-        score = functools.partial(scoring.score_points, as_released=run.as_released)
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as preparer:
-        loaded = (
-            (chunk, reader.submit(read_chunk, opened[chunk[0]], chunk[1], kept[chunk[0]], run.mode)) for chunk in todo
-        )
-        prepared = ahead(batches(contestant, loaded, batch_size, preparer))
-        by_chunk = itertools.groupby(prepared, key=lambda batch: batch[0])
-        for chunk, own in tqdm(by_chunk, total=len(todo), unit="chunk", disable=not state.is_main_process):
-            records = []
-            for _, rows, queries, future in own:
-                if rows:
-                    records += score(contestant, rows, queries, future.result())
-            write_part(part_file(out, chunk), records, run.mode)
+    joined = {name for name in opened if manifest.record_beside(maps_file(out, name))} if run.mode == "dense" else set()
+    todo = [
+        chunk
+        for chunk in chunks[state.process_index :: state.num_processes]
+        if not is_done(out, chunk, run.mode, joined)
+    ]
+    batches = Batches(run, contestant, opened, kept, todo, batch_size if contestant.batch_safe else 1)
+    by_chunk = itertools.groupby(ahead(batches, num_proc) if todo else (), key=lambda batch: batch[0])
+    unfinished = deque()
+    with Workers(num_proc) as pool:
+        for chunk, parts in tqdm(by_chunk, total=len(todo), unit="chunk", disable=not state.is_main_process):
+            unfinished.append(predict(run, contestant, out, chunk, (part[1:] for part in parts), pool))
+            if len(unfinished) > (PENDING if run.mode == "dense" else 0):
+                finish(unfinished.popleft())
+        for part in unfinished:
+            finish(part)
     state.wait_for_everyone()
-    return summarise(run, contestant, kept, chunks, out) if state.is_main_process else None
+    return summarise(run, contestant, contents, kept, chunks, out) if state.is_main_process else None
 
 
 def processes():
@@ -184,8 +197,8 @@ def processes():
 def size(run: Run) -> tuple[int, int]:
     """Number of images and of points that a run scores."""
     kept = points_of(open_sources(run.data, list(run.sources)), run.mode, run.max_points)
-    counts = [len(points) for own in kept.values() for points in own]
-    return sum(count > 0 for count in counts), sum(counts)
+    counts = [len(points) for rows in kept.values() for points in rows.values()]
+    return len(counts), sum(counts)
 
 
 def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> None:
@@ -194,73 +207,167 @@ def save_marked(run: Run, contestant: Contestant, folder: Path, images: int) -> 
         raise ValueError(f"{contestant.title} is not shown marked images; leave --save-marked out")
     opened = open_sources(run.data, list(run.sources))
     kept = points_of(opened, run.mode, run.max_points)
-    chunks = ((name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK))
-    queries = (query for name, start in chunks for query in read_chunk(opened[name], start, kept[name], run.mode)[1])
+    queries = (
+        read_row(opened[name], index, points, run.mode)[1]
+        for name, rows in kept.items()
+        for index, points in rows.items()
+    )
     _prompt.save_marked(itertools.islice(queries, images), folder, getattr(contestant, "questions", _prompt.questions))
 
 
-def ahead(futures: Iterator) -> Iterator:
-    """The same, with the next one already on its way."""
-    current = next(futures, None)
-    while current is not None:
-        following = next(futures, None)
-        yield current
-        current = following
+# Reading ahead
 
 
-def batches(contestant: Contestant, loaded: Iterator, batch_size: int, pool: ThreadPoolExecutor) -> Iterator[tuple]:
-    """(chunk, rows, queries, a future of what the contestant makes of them); of a chunk without rows, one of none."""
-    for chunk, future in ahead(loaded):
-        rows, queries = future.result()
-        for first in range(0, max(1, len(rows)), batch_size):
-            piece = slice(first, first + batch_size)
-            prepared = pool.submit(contestant.prepare, queries[piece]) if rows else None
-            yield chunk, rows[piece], queries[piece], prepared
+class Batches:
+    """Batches of some chunks, read and prepared, for DataLoader; a chunk without rows to score has an empty one."""
+
+    def __init__(self, run: Run, contestant: Contestant, opened: dict, kept: dict, chunks: list, batch_size: int):
+        self.run, self.contestant, self.opened, self.kept = run, contestant, opened, kept
+        self.numbers = []
+        for name, start in chunks:
+            rows = [index for index in range(start, start + CHUNK) if index in kept[name]]
+            for first in range(0, max(1, len(rows)), batch_size):
+                self.numbers.append(((name, start), rows[first : first + batch_size]))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, number: int) -> tuple:
+        """(chunk, rows, rows that cannot be decoded, what the contestant made of the others or the error it raised)."""
+        (name, start), numbers = self.numbers[number]
+        rows, queries, bad = [], [], {}
+        for index in numbers:
+            try:
+                row, query = read_row(self.opened[name], index, self.kept[name][index], self.run.mode)
+            except BadRow as error:
+                bad[index] = self.opened[name][index]["id"], str(error)
+            else:
+                rows.append(row)
+                queries.append(query)
+        try:
+            prepared = self.contestant.prepare(queries) if queries else None
+        except Exception as error:  # DataLoader would raise another, with a traceback for a message
+            prepared = error
+        return (name, start), rows, bad, prepared
+
+
+def ahead(batches: Batches, num_proc: int) -> Iterator[tuple]:
+    """The batches in order, read and prepared by `num_proc` processes."""
+    # forked, they share the contestant without a copy; macOS does not fork safely, and there all is done in line
+    forks = {"num_workers": num_proc, "multiprocessing_context": "fork"} if sys.platform == "linux" else {}
+    return iter(DataLoader(batches, batch_size=None, collate_fn=tuple, worker_init_fn=end_with_parent, **forks))
+
+
+# Parts
+
+
+@dataclass
+class Part:
+    """The predictions of a chunk. scores: of its maps, which may still be under way."""
+
+    file: Path
+    table: pa.Table
+    bad: dict[int, tuple[str, str]]
+    maps: pa.Table | None = None
+    scores: list[Future] | None = None
+
+
+def predict(run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool) -> Part:
+    """Run the model on the batches of a chunk. Raises ValueError for a row that cannot be decoded, without skip_bad."""
+    tables, maps, scores, unreadable = [scoring.POINTS.empty_table()], [scoring.MAPS.empty_table()], [], {}
+    for rows, bad, prepared in batches:
+        unreadable |= bad
+        if not run.skip_bad:
+            refuse(run.data, chunk[0], bad)
+        if isinstance(prepared, Exception):
+            raise prepared
+        if rows and run.mode == "points":
+            tables.append(scoring.predict_points(contestant, rows, prepared, run.as_released))
+        elif rows:
+            depths = scoring.predict_maps(contestant, rows, prepared)
+            maps.append(scoring.maps_table(rows, depths))
+            scores += [pool.submit(scoring.score_map, row, depth) for row, depth in zip(rows, depths, strict=True)]
+    if run.mode == "points":
+        return Part(part_file(out, chunk), pa.concat_tables(tables), unreadable)
+    return Part(part_file(out, chunk), scoring.images_table([]), unreadable, pa.concat_tables(maps), scores)
+
+
+def finish(part: Part) -> None:
+    """Write a part, when its maps are scored."""
+    if part.maps is not None:
+        write_part(maps_part(part.file), part.maps, {})
+        part.table = scoring.images_table([score.result() for score in part.scores])
+    failed = part.table["status"].to_pylist().count("failed") if part.maps is None else 0
+    write_part(part.file, part.table, {"failed": failed, "bad": [[index, *row] for index, row in part.bad.items()]})
 
 
 def part_file(out: Path, chunk: tuple[str, int]) -> Path:
     return out / "parts" / f"{chunk[0]}-{chunk[1]:07d}.parquet"
 
 
-def is_done(part: Path) -> bool:
+def maps_part(part: Path) -> Path:
+    return part.with_name(f"{part.stem}-maps.parquet")
+
+
+def maps_file(out: Path, source: str) -> Path:
+    return out / "maps" / f"{source}.parquet"
+
+
+def is_done(out: Path, chunk: tuple[str, int], mode: str, joined: set[str]) -> bool:
     """Whether a chunk is there, and no request of it failed: those are made again, the others' replies are kept."""
-    if not part.exists():
+    part = part_file(out, chunk)
+    record = manifest.record_beside(part)
+    if record is None or record["failed"]:
         return False
-    if "status" not in pyarrow.parquet.read_schema(part).names:
-        return True
-    return "failed" not in pyarrow.parquet.read_table(part, columns=["status"])["status"].to_pylist()
+    return mode == "points" or chunk[0] in joined or manifest.record_beside(maps_part(part)) is not None
 
 
-def write_part(file: Path, records: list[dict], mode: str) -> None:
-    # not datasets' from_list, which takes ten times as long
-    table = pyarrow.Table.from_pylist(records, POINT_FEATURES.arrow_schema if mode == "points" else None)
-    with open_whole(file) as part:
-        pyarrow.parquet.write_table(table, part)
+def write_part(file: Path, table: pa.Table, facts: dict) -> None:
+    write_table(file, table)
+    manifest.write_record_beside(file, facts)
+
+
+def write_table(file: Path, table: pa.Table) -> None:
+    with open_whole(file) as opened:
+        pq.write_table(table.combine_chunks(), opened)
 
 
 # The summary
 
 
-def summarise(run: Run, contestant: Contestant, kept: dict, chunks: list, out: Path) -> dict:
+def summarise(run: Run, contestant: Contestant, contents: dict, kept: dict, chunks: list, out: Path) -> dict[str, Any]:
     """Join the parts in the data's order, write them and `summary.json`; refuse if the counts are not exact."""
-    import pandas
+    records = {chunk: manifest.record_beside(part_file(out, chunk)) for chunk in chunks}
+    if lost := [part_file(out, chunk) for chunk, record in records.items() if record is None]:
+        raise ValueError(f"{lost[0]} is missing or has changed; run the same command again")
+    tables = [pq.read_table(part_file(out, chunk)) for chunk in chunks]
+    table = pa.concat_tables(tables, promote_options="default")  # of a chunk without images, the scores are missing
+    name = scoring.table_file(run.mode)
+    write_table(out / name, table)
+    hashes = {name: manifest.fingerprint(out / name)["sha256"]}
+    if run.mode == "dense":
+        for source in contents:
+            hashes[f"maps/{source}.parquet"] = join_maps(out, source, chunks)
 
-    table = pandas.concat([pandas.read_parquet(part_file(out, chunk)) for chunk in chunks], ignore_index=True)
-    table.to_parquet(out / ("predictions.parquet" if run.mode == "points" else "images.parquet"), index=False)
-    sources = {}
-    for name, points in kept.items():
-        own = table[table.source == name]
-        expected = sum(map(len, points)) if run.mode == "points" else len(points)
-        if len(own) != expected:
-            raise ValueError(f"{out} has {len(own)} results of {expected} for {name}; remove its parts and run again")
-        scored = scoring.of_points(own, run.as_released) if run.mode == "points" else scoring.of_images(own)
-        images = len(points) if run.mode == "dense" else sum(len(own) > 0 for own in points)
-        sources[name] = {"images": images} | scored
-    names = list(next(iter(sources.values()))["metrics"])
+    data, frame = {}, table.to_pandas()
+    for source, held in contents.items():
+        bad = dict(held.bad)
+        for (of_source, _), record in records.items():
+            bad |= {index: (name, reason) for index, name, reason in record["bad"] if of_source == source}
+        expected = [
+            len(points) if run.mode == "points" else 1 for index, points in kept[source].items() if index not in bad
+        ]
+        rows = int((frame.source == source).sum())
+        if rows != sum(expected):
+            raise ValueError(
+                f"{out} has {rows} results of {sum(expected)} for {source}; remove its parts and run again"
+            )
+        bad_rows = [{"row": index, "id": name, "reason": reason} for index, (name, reason) in sorted(bad.items())]
+        data[source] = {"hash": held.hash, "rows": held.rows, "images_of": held.images_of, "bad_rows": bad_rows}
     summary = {
         "format": scoring.FORMAT,
-        "contestant": {"model": run.model, "title": contestant.title, "quantity": contestant.quantity}
-        | {"uses_intrinsics": contestant.uses_intrinsics, "dense": contestant.dense},
+        "contestant": {"model": run.model, "title": contestant.title, "group": contestant.group}
+        | {"quantity": contestant.quantity, "uses_intrinsics": contestant.uses_intrinsics, "dense": contestant.dense},
         "protocol": {
             "mode": run.mode,
             "as_released": run.as_released,
@@ -277,8 +384,71 @@ def summarise(run: Run, contestant: Contestant, kept: dict, chunks: list, out: P
         },
         "versions": {"python": platform.python_version(), "torch": torch.__version__}
         | {"transformers": transformers.__version__, "datasets": datasets.__version__, "numpy": np.__version__},
-        "sources": sources,
-        "mean": {name: scoring.mean_or_none([own["metrics"][name] for own in sources.values()]) for name in names},
+        "data": data,
+        **scoring.of_sources(frame, list(contents), run.mode, run.as_released),
+        "hashes": hashes,
     }
-    write_json(out / "summary.json", summary)
-    return summary
+    return manifest.write_record(out / "summary.json", summary)
+
+
+def join_maps(out: Path, source: str, chunks: list[tuple[str, int]]) -> str:
+    """Write the maps of a source's parts as one file, if that has not been done, and remove them; its hash."""
+    file = maps_file(out, source)
+    record = manifest.record_beside(file)
+    parts = [maps_part(part_file(out, chunk)) for chunk in chunks if chunk[0] == source]
+    if record is None:
+        file.parent.mkdir(exist_ok=True)
+        with open_whole(file) as opened, pq.ParquetWriter(opened, scoring.MAPS, compression="zstd") as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part), row_group_size=1)
+        record = manifest.write_record_beside(file, {"rows": pq.read_metadata(file).num_rows})
+    for part in parts:
+        part.unlink(missing_ok=True)
+        part.with_suffix(".json").unlink(missing_ok=True)
+    return record["file"]["sha256"]
+
+
+# Scoring again
+
+
+def rescore(folder: Path, data: str | None = None, num_proc: int = 1) -> dict[str, Any]:
+    """
+    Compute all scores of a finished run again from its saved predictions, and write them; returns the summary.
+
+    data: the benchmark that was evaluated, where it has moved; only maps need it. Raises ValueError if predictions or
+    data have changed.
+    """
+    summary = scoring.read_summary(folder)
+    mode, as_released = (summary["protocol"][name] for name in ("mode", "as_released"))
+    name, sources = scoring.table_file(mode), list(summary["data"])
+    if mode == "dense":
+        write_table(folder / name, score_maps(folder, summary, data or summary["protocol"]["data"], num_proc))
+    summary |= scoring.of_sources(pandas.read_parquet(folder / name), sources, mode, as_released)
+    summary["hashes"] |= {name: manifest.fingerprint(folder / name)["sha256"]}
+    del summary["checksum"]
+    return manifest.write_record(folder / "summary.json", summary)
+
+
+def score_maps(folder: Path, summary: dict, data: str, num_proc: int) -> pa.Table:
+    """The scores of a run's saved maps, against the depth maps of `data`."""
+    opened = open_sources(data, list(summary["data"]))
+    contents = contents_of(data, opened, as_released=False)
+    scores = []
+    with Workers(num_proc) as pool:
+        for source, rows in opened.items():
+            if contents[source].hash != summary["data"][source]["hash"]:
+                raise ValueError(
+                    f"{folder} was evaluated on other rows of {source} (hash {summary['data'][source]['hash'][:12]}) "
+                    f"than {data} holds ({contents[source].hash[:12]}); pass --data with the former"
+                )
+            numbers = {name: index for index, name in enumerate(rows.select_columns(["id"])["id"])}
+            maps = pq.ParquetFile(maps_file(folder, source))
+            futures = deque()
+            for group in tqdm(range(maps.num_row_groups), desc=source, unit="map", disable=None):
+                (stored,) = maps.read_row_group(group).to_pylist()
+                row, _ = read_row(rows, numbers[stored["id"]], np.zeros(0, int), "dense")
+                futures.append(pool.submit(scoring.score_map, row, scoring.stored_map(stored)))
+                if len(futures) > 4 * num_proc:
+                    scores.append(futures.popleft().result())
+            scores += [future.result() for future in futures]
+    return scoring.images_table(scores)

@@ -6,9 +6,35 @@ from numpy.typing import ArrayLike
 Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in px
 
 
-def change_grid(coordinate: ArrayLike, size_from: int, size_to: int) -> np.ndarray:
-    """A coordinate along one axis from a grid of `size_from` pixels to one of `size_to`, by pixel centres."""
-    return (np.asarray(coordinate, dtype=np.float64) + 0.5) * (size_to / size_from) - 0.5
+def change_grid(
+    u: ArrayLike, v: ArrayLike, size_from: tuple[int, int], size_to: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Points (u, v) px of a grid of size_from (W, H) on one of size_to (W, H) for the same view, by pixel centres."""
+    return tuple(
+        (np.asarray(coordinate, dtype=np.float64) + 0.5) * (side_to / side_from) - 0.5
+        for coordinate, side_from, side_to in zip((u, v), size_from, size_to, strict=True)
+    )
+
+
+def read_map(values: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """
+    Values of a depth map (H, W) at points (u, v) px of its grid, which may lie between pixel centres; float64.
+
+    Bilinear where the four pixels around a point are finite and above 0, else the value of the pixel that the point
+    lies in. Between the outermost centres and the border, the outermost pixels go on.
+    """
+    height, width = values.shape
+    u, v = np.clip(u, 0, width - 1), np.clip(v, 0, height - 1)
+    left, top = np.floor(u).astype(int), np.floor(v).astype(int)
+    right, bottom = np.minimum(left + 1, width - 1), np.minimum(top + 1, height - 1)
+    pixels = np.stack([values[top, left], values[top, right], values[bottom, left], values[bottom, right]])
+    pixels = pixels.astype(np.float64)
+    in_pixel = values[np.floor(v + 0.5).astype(int), np.floor(u + 0.5).astype(int)].astype(np.float64)
+    valid = (np.isfinite(pixels) & (pixels > 0)).all(0)
+    a, b, c, d = np.where(valid, pixels, 0)
+    # a + (b - a) * t, since (1 - t) * a + t * b of equal values may differ from them in the last digit
+    upper, lower = a + (b - a) * (u - left), c + (d - c) * (u - left)
+    return np.where(valid, upper + (lower - upper) * (v - top), in_pixel)
 
 
 def ray_per_z(u: ArrayLike, v: ArrayLike, intrinsics: Intrinsics) -> np.ndarray:
@@ -25,12 +51,8 @@ def ray_per_z(u: ArrayLike, v: ArrayLike, intrinsics: Intrinsics) -> np.ndarray:
 def change_grid_intrinsics(intrinsics: Intrinsics, size_from: tuple[int, int], size_to: tuple[int, int]) -> Intrinsics:
     """Intrinsics (fx, fy, cx, cy) of an image of size_from (W, H) for the same view on a grid of size_to (W, H)."""
     fx, fy, cx, cy = intrinsics
-    return (
-        fx * size_to[0] / size_from[0],
-        fy * size_to[1] / size_from[1],
-        float(change_grid(cx, size_from[0], size_to[0])),
-        float(change_grid(cy, size_from[1], size_to[1])),
-    )
+    centre = map(float, change_grid(cx, cy, size_from, size_to))
+    return fx * size_to[0] / size_from[0], fy * size_to[1] / size_from[1], *centre
 
 
 def apply(transform: np.ndarray, points: ArrayLike) -> np.ndarray:

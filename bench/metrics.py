@@ -10,54 +10,65 @@ import math
 import numpy as np
 from scipy.spatial import cKDTree
 
+from .geometry import ray_per_z
+
+ERRORS = {  # of an answered point: what the errors are means of
+    "abs_rel": lambda p, d: np.abs(p - d) / d,
+    "sq_rel": lambda p, d: (p - d) ** 2 / d,
+    "squared": lambda p, d: (p - d) ** 2,
+    "log10": lambda p, d: np.abs(np.log10(p) - np.log10(d)),
+    "log": lambda p, d: np.log(p) - np.log(d),
+    "squared_log": lambda p, d: (np.log(p) - np.log(d)) ** 2,
+}
+
+
+def is_right(p: np.ndarray, d: np.ndarray, power: int = 1) -> np.ndarray:
+    """Whether max(p / d, d / p) < 1.25 ** power (strictly), of each answered point."""
+    with np.errstate(over="ignore"):
+        return np.maximum(p / d, d / p) < 1.25**power
+
 
 def delta(prediction: np.ndarray, depth: np.ndarray, power: int = 1) -> float:
     """Share of *all* points with max(p / d, d / p) < 1.25 ** power (strictly)."""
     prediction, depth = checked(prediction, depth)
-    p, d = answered(prediction, depth)
-    with np.errstate(over="ignore"):
-        right = np.maximum(p / d, d / p) < 1.25**power
+    right = is_right(*answered(prediction, depth), power)
     return float(right.sum() / len(depth)) if len(depth) else math.nan
 
 
 def abs_rel(prediction: np.ndarray, depth: np.ndarray) -> float:
     """Mean of |p - d| / d."""
-    p, d = answered(*checked(prediction, depth))
-    return mean(np.abs(p - d) / d)
+    return mean(errors("abs_rel", prediction, depth))
 
 
 def sq_rel(prediction: np.ndarray, depth: np.ndarray) -> float:
     """Mean of (p - d)^2 / d, in metres."""
-    p, d = answered(*checked(prediction, depth))
-    return mean((p - d) ** 2 / d)
+    return mean(errors("sq_rel", prediction, depth))
 
 
 def rmse(prediction: np.ndarray, depth: np.ndarray) -> float:
     """Root of the mean of (p - d)^2, in metres."""
-    p, d = answered(*checked(prediction, depth))
-    return math.sqrt(mean((p - d) ** 2))
+    return math.sqrt(mean(errors("squared", prediction, depth)))
 
 
 def rmse_log(prediction: np.ndarray, depth: np.ndarray) -> float:
     """Root of the mean of e^2."""
-    return math.sqrt(mean(log_error(prediction, depth) ** 2))
+    return math.sqrt(mean(errors("squared_log", prediction, depth)))
 
 
 def log10(prediction: np.ndarray, depth: np.ndarray) -> float:
     """Mean of |log10 p - log10 d|."""
-    p, d = answered(*checked(prediction, depth))
-    return mean(np.abs(np.log10(p) - np.log10(d)))
+    return mean(errors("log10", prediction, depth))
 
 
 def silog_half(prediction: np.ndarray, depth: np.ndarray) -> float:
     """SILog with lambda 0.5: the root of mean(e^2) - 0.5 mean(e)^2. The loss of DepthVLM (paper, eq. 4)."""
-    e = log_error(prediction, depth)
+    e = errors("log", prediction, depth)
     return math.sqrt(mean(e**2) - 0.5 * mean(e) ** 2)
 
 
 def silog_std(prediction: np.ndarray, depth: np.ndarray) -> float:
     """SILog with lambda 1, as KITTI and UniDepth print it: 100 times the (population) standard deviation of e."""
-    e = log_error(prediction, depth)
+    e = errors("log", prediction, depth)
     return 100 * math.sqrt(mean((e - mean(e)) ** 2))
 
 
@@ -82,6 +93,65 @@ def scores(prediction: np.ndarray, depth: np.ndarray) -> dict[str, float | int |
         values = {name: metric(prediction, depth) for name, metric in METRICS.items()}
     values = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return values | {"points": len(depth), "answered": len(answered(prediction, depth)[0])}
+
+
+TERMS = ("points", "answered", "delta1", "delta2", "delta3", *ERRORS)
+
+
+def point_terms(prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """(N, len(TERMS)): per point, what `from_sums` takes sums of; 0 for a point without an answer, but in `points`."""
+    prediction, depth = checked(prediction, depth)
+    kept = is_answer(prediction)
+    p, d = prediction[kept], depth[kept]
+    terms = np.zeros((len(depth), len(TERMS)))
+    terms[:, 0] = 1
+    with np.errstate(over="ignore"):
+        rights = [is_right(p, d, power) for power in (1, 2, 3)]
+        terms[kept, 1:] = np.column_stack([np.ones(len(d)), *rights, *(error(p, d) for error in ERRORS.values())])
+    return terms
+
+
+def from_sums(sums: np.ndarray) -> np.ndarray:
+    """`METRICS` (..., len(METRICS)) of any sets of points, from their sums (..., len(TERMS)) of `point_terms`.
+
+    NaN where a metric has no value. The same as `scores` but for rounding: one pass over the points serves all sets.
+    """
+    totals = dict(zip(TERMS, np.moveaxis(sums, -1, 0), strict=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = {name: totals[name] / totals["points"] for name in ("delta1", "delta2", "delta3")}
+        means = {name: totals[name] / totals["answered"] for name in ERRORS}
+        variance = np.maximum(means["squared_log"] - means["log"] ** 2, 0)
+    values = shares | {
+        "abs_rel": means["abs_rel"],
+        "sq_rel": means["sq_rel"],
+        "rmse": np.sqrt(means["squared"]),
+        "rmse_log": np.sqrt(means["squared_log"]),
+        "log10": means["log10"],
+        "silog_half": np.sqrt(variance + 0.5 * means["log"] ** 2),
+        "silog_std": 100 * np.sqrt(variance),
+    }
+    return np.stack([values[name] for name in METRICS], axis=-1)
+
+
+def map_scores(
+    prediction: np.ndarray, depth: np.ndarray, intrinsics: tuple[float, float, float, float], depth_type: str
+) -> dict[str, float | int | None]:
+    """
+    All scores of a map (h, w) at its pixels with ground truth, of which there is 0 where there is none: `scores`,
+    `boundary_f1` and `point_cloud_f_score`.
+
+    intrinsics: fx, fy, cx, cy in px of the map. depth_type: "z" or "ray", of both maps.
+    """
+    prediction = prediction.astype(np.float64)
+    labelled = depth > 0
+    to_z = 1.0
+    if depth_type == "ray":
+        to_z = ray_per_z(*np.meshgrid(*map(np.arange, depth.shape[::-1])), intrinsics)
+    of_maps = {
+        "boundary_f1": boundary_f1(prediction, depth),
+        "point_cloud_f_score": point_cloud_f_score(prediction / to_z, depth / to_z, intrinsics),
+    }
+    return scores(prediction[labelled], depth[labelled]) | of_maps
 
 
 def boundary_f1(prediction: np.ndarray, depth: np.ndarray) -> float:
@@ -187,9 +257,9 @@ def is_answer(values: np.ndarray) -> np.ndarray:
     return np.isfinite(values) & (values > 0)
 
 
-def log_error(prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
-    p, d = answered(*checked(prediction, depth))
-    return np.log(p) - np.log(d)
+def errors(name: str, prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """One of `ERRORS` at each answered point."""
+    return ERRORS[name](*answered(*checked(prediction, depth)))
 
 
 def mean(values: np.ndarray) -> float:

@@ -82,6 +82,5 @@ def draw_points(words: np.ndarray, depth_scale: float, image_size: tuple[int, in
         places.add(last if place in places else place)
     picked = valid[sorted(places)]
     rows, columns = np.divmod(picked, words.shape[1])
-    u = change_grid(columns, words.shape[1], image_size[0])
-    v = change_grid(rows, words.shape[0], image_size[1])
+    u, v = change_grid(columns, rows, words.shape[::-1], image_size)
     return u.astype(np.float32), v.astype(np.float32), words.flat[picked] / depth_scale

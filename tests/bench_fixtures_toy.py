@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,13 @@ def reason(source: Source, frame: Frame) -> str:
     row, why, _ = read_row(lambda frame, _: load_row(source, "test", frame), frame, 0)
     assert row is None
     return why
+
+
+def bomb() -> bytes:
+    """The beginning of a PNG that says to be 60 000 x 60 000 pixels."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 1000))
+    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def write_toy(raw: Path, groups: dict[str, int], split: str = "test", backwards: bool = False) -> Path:

@@ -7,7 +7,8 @@ import subprocess
 import pytest
 import yaml
 
-from bench import ablate
+from bench import ablate, paper
+from bench.tables import markdown
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 
 FAST = {"max_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0}
@@ -28,8 +29,11 @@ def test_rows_are_the_papers():
     for table, count in ROWS_OF_PAPER.items():
         names = ablate.rows_of(rows, table)
         assert len(names) == count and "ours" in names
-        assert [rows[name]["paper"][-1] for name in names] == BEST_OF_PAPER[table]
-    assert all(rows[name]["paper_vqa"] for name in ablate.rows_of(rows, 6))
+        published = paper.read_tables()[str(table)]
+        last = published["columns"].index("ibims1")
+        places = [rows[name]["tables"][table] for name in names]
+        assert [published["rows"][place - 1]["values"][last] for place in places] == BEST_OF_PAPER[table]
+    assert all(len(row["values"]) == 8 for row in paper.read_tables()["6"]["rows"])
     assert [name for name in rows if not rows[name]["focal_normalization"]] == ["focal_raw"]
     assert [name for name in rows if "vision" in rows[name]["stage2"]["trains"]] == ["unfreeze_vit"]
     tiny = CANONICAL_FOCAL_LENGTH
@@ -50,11 +54,11 @@ def test_rows_are_known_to_model_and_trainer():
 
 def test_ill_written_row_is_refused(tmp_path):
     (tmp_path / "ours.yaml").write_text((ablate.ROWS / "ours.yaml").read_text())
-    (tmp_path / "new.yaml").write_text("tables: {4: {place: 1, title: x}}\npaper: [1, 1, 1, 1]\nlr: 1\n")
+    (tmp_path / "new.yaml").write_text("tables: {4: 1}\nlr: 1\n")
     with pytest.raises(ValueError, match="new.yaml has lr; a row has config"):
         ablate.read_rows(tmp_path)
-    (tmp_path / "new.yaml").write_text("tables: {4: {place: 1, title: x}}\n")
-    with pytest.raises(ValueError, match="new.yaml has no paper"):
+    (tmp_path / "new.yaml").write_text("stages: [stage1]\n")
+    with pytest.raises(ValueError, match="new.yaml has no tables"):
         ablate.read_rows(tmp_path)
 
 
@@ -158,16 +162,18 @@ def test_raw_data_claims_one_focal_length_and_is_else_the_same(tmp_path):
     assert ablate.without_focal_lengths(data, CANONICAL_FOCAL_LENGTH) == raw
 
 
-def record(title, paper, values):
-    row = {"tables": {4: {"place": 1, "title": title}}, "paper": [paper] * 4, "paper_vqa": None}
-    return ablate.record(row, 4, {seed: {"delta1": value, "abs_rel": 0.1} for seed, value in enumerate(values)})
+def record(title, published, values):
+    row = {"method": title, "values": [published] * 4}
+    by_seed = {seed: {"delta1": value, "abs_rel": 0.1} for seed, value in enumerate(values)}
+    return ablate.record(row, ["waymo", "nuscenes", "sunrgbd", "ibims1"], by_seed, ("delta1", "abs_rel"))
 
 
 def test_mean_spread_and_order():
     """Means and sample deviations by hand; the order is told as it is found."""
     a, b, c = record("a", 0.5, [0.1, 0.3]), record("b", 0.6, [0.5, 0.6]), record("c", 0.7, [0.55, 0.6])
     assert a["delta1"] == pytest.approx(0.2) and a["delta1 spread"] == pytest.approx(0.02**0.5)
-    assert "| a | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.200 ± 0.141 | 0.100 ± 0.000 |" in ablate.markdown([a, b, c])
+    text = markdown(ablate.comparison(4, [a, b, c]))
+    assert "| a | 0.500 | 0.500 | 0.500 | 0.500 | 0.500 | 0.200 ± 0.141 | 0.100 ± 0.000 |" in text
     text = ablate.order([a, b, c])
     assert (
         "order of rows came out: 3 of 3" in text
@@ -177,4 +183,5 @@ def test_mean_spread_and_order():
     text = ablate.order([a, b, record("c", 0.7, [0.4, 0.4])])
     assert "order of rows did not come out: 2 of 3" in text and "here: b; c; a." in text
     alone = [record("a", 0.5, [0.1]), record("b", 0.6, [0.2])]
-    assert "One seed says nothing about spread" in ablate.order(alone) and "± " not in ablate.markdown(alone)
+    text = markdown(ablate.comparison(4, alone))
+    assert "One seed says nothing about spread" in ablate.order(alone) and "± " not in text

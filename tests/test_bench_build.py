@@ -1,24 +1,27 @@
 import functools
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pyarrow.parquet as pq
 import pytest
-from bench_fixtures_toy import DEPTH_SIZE, INTRINSICS, SIZE, HidingToy, Toy, plane, write_ibims1, write_toy
+from bench_fixtures_toy import DEPTH_SIZE, INTRINSICS, SIZE, HidingToy, Toy, bomb, plane, write_ibims1, write_toy
 from PIL import Image
 
-from bench import build, card, sampling
+from bench import build, card, manifest, sampling, sources
+from bench.__main__ import main
 from bench.depthvlm_bench import FEATURES, VERSION, DepthVLMBench
+from bench.files import shared_folder
 from bench.sources._base import BadFrame, BadRaw, Frame, Sample
 
 TESTS = Path(__file__).parent
@@ -171,13 +174,6 @@ def test_seed_changes_points_and_a_frame_s_points_depend_on_no_other_frame(tmp_p
 
 
 # Frames that cannot be used
-
-
-def bomb() -> bytes:
-    """The beginning of a PNG that says to be 60 000 x 60 000 pixels."""
-    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0), b"IDAT" + zlib.compress(b"\0" * 1000))
-    framed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
 def spoil(raw):
@@ -411,12 +407,192 @@ def test_a_folder_whose_frames_changed_names_is_refused(tmp_path):
         run(tmp_path / "out", raw)
 
 
+# Several builds of one folder, and what is left of broken ones
+
+
+@pytest.mark.parametrize(("builds", "num_proc"), [(2, 1), (2, 2), (4, 1)])
+def test_builds_at_once_and_one_killed_leave_what_a_single_one_leaves(tmp_path, builds, num_proc):
+    raw, out = write_toy(tmp_path / "raw", {"a/x": 60}), tmp_path / "out"
+    processes = [start(tmp_path, raw, out, num_proc) for _ in range(builds)]
+    wait_for_shards(out, 3, processes[0])
+    processes[0].send_signal(signal.SIGKILL)
+    for process in processes:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == (-signal.SIGKILL if process is processes[0] else 0), stderr
+        assert "again" not in stderr and "Traceback" not in stderr
+    run(tmp_path / "single", raw)
+    assert contents(out, ()) == contents(tmp_path / "single", ())
+
+
+def test_what_another_build_is_writing_is_left_alone(tmp_path):
+    raw, out = write_toy(tmp_path / "raw", {"a/x": 4}), tmp_path / "out"
+    run(out, raw)
+    unfinished = out / "toy" / ".test-00000-of-00001.parquet.0123abcd.tmp"
+    with shared_folder(out, ()):  # as another build holds it
+        unfinished.write_bytes(b"half")
+        run(out, raw)
+        assert unfinished.exists()
+    run(out, raw)
+    assert not unfinished.exists()
+
+
+def test_builds_of_two_sources_at_once_are_both_in_the_card(tmp_path, monkeypatch):
+    """The card is written with what there is, and again if another build ended meanwhile."""
+    raw, out, render = write_toy(tmp_path / "raw", {"a/x": 4}), tmp_path / "out", card.render
+
+    def slow(folder):
+        text = render(folder)
+        monkeypatch.setattr(card, "render", render)
+        run(out, write_ibims1(tmp_path / "ibims1"), source=sources.get("ibims1"))  # begins and ends meanwhile
+        return text
+
+    monkeypatch.setattr(card, "render", slow)
+    run(out, raw)
+    assert datasets.get_dataset_config_names(str(out)) == ["ibims1", "toy", "paper_eval"]
+
+
+def broken_record(folder):
+    (folder / "test-00001-of-00003.json").write_bytes(b"")
+
+
+def truncated_record(folder):
+    path = folder / "test-00001-of-00003.json"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def truncated_shard(folder):
+    path = folder / "test-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed_shard(folder):
+    path = folder / "test-00001-of-00003.parquet"
+    path.write_bytes(path.read_bytes()[:1000] + b"?" + path.read_bytes()[1001:])
+
+
+def broken_summary(folder):
+    (folder / "test.json").write_bytes(b"")
+
+
+def changed_summary(folder):
+    text = (folder / "test.json").read_text()
+    (folder / "test.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (broken_record, "test-00001-of-00003.json"),
+        (truncated_record, "test-00001-of-00003.json"),
+        (truncated_shard, "test-00001-of-00003.parquet"),
+        (changed_shard, "test-00001-of-00003.parquet"),
+        (broken_summary, "test.json"),
+        (changed_summary, "test.json"),
+    ],
+)
+def test_what_is_broken_is_built_again_and_said(tmp_path, caplog, capsys, damage, named):
+    raw, out = write_toy(tmp_path / "raw", {"a/x": 12}), tmp_path / "out"
+    run(out, raw)
+    whole = contents(out, ())
+    untouched = {path: path.stat().st_mtime_ns for path in out.glob("toy/test-0000[02]*")}
+    damage(out / "toy")
+    assert main(["verify", str(out)]) == 1
+    problems = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+    assert len(problems) >= 1 and named in problems[0]
+    run(out, raw)
+    assert named in caplog.text and "again" in caplog.text
+    assert contents(out, ()) == whole
+    assert {path: path.stat().st_mtime_ns for path in untouched} == untouched
+    assert main(["verify", str(out)]) == 0
+
+
+def test_shards_of_other_parameters_are_refused_without_the_summary(tmp_path):
+    raw = write_toy(tmp_path / "raw", GROUPS)
+    run(tmp_path / "out", raw)
+    (tmp_path / "out" / "toy" / "test.json").unlink()
+    with pytest.raises(ValueError, match=r"built with seed 0 \(now 3\)"):
+        run(tmp_path / "out", raw, seed=3)
+
+
+# Manifests
+
+
+def test_records_hold_hashes_rows_frames_parameters_versions_and_seed(tmp_path):
+    raw, out = write_toy(tmp_path / "raw", GROUPS), tmp_path / "out"
+    record = run(out, raw, seed=7)
+    assert record["versions"]["pyarrow"] == pyarrow.__version__ and record["parameters"]["seed"] == 7
+    assert record["images_of"] == 21 and sum(file["rows"] for file in record["files"]) == 21
+    hashes = []
+    for file in record["files"]:
+        content = (out / "toy" / file["name"]).read_bytes()
+        assert (file["bytes"], file["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        shard = json.loads((out / "toy" / file["name"]).with_suffix(".json").read_text())
+        assert shard["parameters"] == record["parameters"] and shard["versions"] == record["versions"]
+        assert list(shard["rows"]) == pq.read_table(out / "toy" / file["name"])["id"].to_pylist()
+        hashes += shard["rows"].values()
+    assert record["content"] == hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    assert record["content"][:12] in (out / "README.md").read_text()
+
+
+def test_the_hash_of_the_rows_is_of_every_column_and_of_no_file(tmp_path, monkeypatch):
+    raw = write_toy(tmp_path / "raw", {"a/x": 60})
+    record = run(tmp_path / "out", raw)
+    monkeypatch.setattr(build, "SHARD_IMAGES", 17)
+    assert run(tmp_path / "others", raw)["content"] == record["content"]
+    assert run(tmp_path / "seed", raw, seed=1)["content"] != record["content"]
+    rows = pq.read_table(tmp_path / "out" / "toy" / "test-00000-of-00015.parquet")
+    row = rows.to_pylist()[0]
+    changes = {"id": "b", "source": "b", "split": "b", "scene": "b", "camera": "b", "depth_type": "ray"}
+    changes |= {name: {"bytes": row[name]["bytes"] + b"0", "path": None} for name in ("image", "depth")}
+    changes |= {name: row[name] + 1e-9 for name in ("depth_scale", "fx", "fy", "cx", "cy")}
+    changes |= {name: [1.5, *row[name][1:]] for name in ("points_u", "points_v", "points_depth")}
+    changes |= {"qa": row["qa"] | {"answer": ["no"]}}
+    assert set(changes) == set(FEATURES)
+    for name, value in changes.items():
+        assert manifest.row_hash(row | {name: value}) != manifest.row_hash(row), name
+
+
+def test_images_of_is_the_number_of_the_whole_test_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(sampling, "IMAGES", {"test": 15})
+    raw = write_toy(tmp_path / "raw", {"a/x": 20})
+    for max_frames, expected in ((4, 15), (None, 15), (18, 18)):
+        record = run(tmp_path / f"out-{max_frames}", raw, max_frames=max_frames)
+        assert record["images_of"] == expected
+
+
+def test_verify_names_what_is_missing_added_unfinished_or_not_listed(tmp_path, capsys):
+    raw, out = write_toy(tmp_path / "raw", {"a/x": 12}), tmp_path / "out"
+    run(out, raw)
+
+    def problems(folder=out):
+        code = main(["verify", str(folder)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem: ")]
+        assert code == (1 if lines else 0)
+        return lines
+
+    assert problems() == []
+    shutil.copy(out / "toy" / "test-00000-of-00003.parquet", out / "toy" / "test-00000-of-00009.parquet")
+    (problem,) = problems()
+    assert "test-00000-of-00009.parquet is in no record, and `load_dataset` would read it; remove it" in problem
+    (out / "toy" / "test-00000-of-00009.parquet").unlink()
+    text = (out / "README.md").read_text()
+    (out / "README.md").write_text(text.replace("toy/test-*", "toy/train-*"))
+    (problem,) = problems()
+    assert "README.md lists other files than the records" in problem
+    (out / "README.md").write_text(text)
+    (out / "toy" / "test-00002-of-00003.parquet").unlink()
+    (out / "toy" / "test-00001-of-00003.json").unlink()
+    missing, record = problems()
+    assert "test-00001-of-00003.json" in missing and "test-00002-of-00003.parquet is missing" in record
+    manifest.write_record(out / "toy" / "test.json", {"finished": False})
+    assert "of a build that has not finished" in problems()[0]
+    assert main(["verify", str(raw)]) == 2
+
+
 # The builder
 
 
 def test_builder_yields_the_rows_of_the_build(tmp_path):
-    from bench import sources
-
     raw = write_ibims1(tmp_path / "ibims1")
     run(tmp_path / "out", raw, source=sources.get("ibims1"))
     built = load(tmp_path / "out", "ibims1")
@@ -447,8 +623,6 @@ def test_builder_skips_aloud(tmp_path, caplog):
 
 
 def test_builder_has_a_config_for_every_source_and_group():
-    from bench import sources
-
     assert list(DepthVLMBench.builder_configs) == [*sources.names(), "paper_train", "paper_eval"]
 
 

@@ -2,13 +2,14 @@ import json
 import math
 from pathlib import Path
 
+import cv2
 import datasets
 import numpy as np
 import pytest
 from bench_fixtures_toy import Toy, encoded, picture
 from PIL import Image
 
-from bench import build
+from bench import build, released
 from bench.annotations import AnnotationReader, import_annotations
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -88,12 +89,75 @@ def test_as_released_takes_the_coordinates_for_px_of_the_image_and_reads_the_dep
     assert row["points_depth"][1] != RECORD["depth"][1]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"canonical_size": [W, H]}, "is not (40, 24) at a focal length of 30.0 px made 1000 px"),
+        ({"original_fx": 100.0, "canonical_size": [400, 240]}, None),
+        (
+            {"original_fx": 2500.0, "canonical_size": [16, 10], "pixel_coords": [[39, 0]], "depth": [1.0]}
+            | {"original_depth_size": [W, H], "depth_path": "wide.png"},
+            "all points fall outside",
+        ),
+    ],
+)
+def test_as_released_lists_what_the_released_scorer_could_not_score(folder, change, reason):
+    (folder / "depths" / "wide.png").write_bytes(encoded(np.full((H, W), 1000, np.uint16), "PNG"))
+    summary, _ = run(folder, RECORD, RECORD | change, as_released=True)
+    reasons = [skipped["reason"] for skipped in summary["skipped"]]
+    assert len(reasons) == (reason is not None) and all(reason in text for text in reasons)
+
+
 def test_as_released_falls_back_on_the_record_where_the_map_is_empty(folder):
     words = WORDS.copy()
     words[5, 9] = 0  # where [19, 11] of the image lies
     (folder / "depths" / "a.png").write_bytes(encoded(words, "PNG"))
     _, rows = run(folder, RECORD, as_released=True)
     assert rows[0]["points_depth"][1] == RECORD["depth"][1]
+
+
+# Sizes (W, H) of depth maps, and canonical sizes.
+SIZES = {
+    "argoverse2": ((1550, 2048), (921, 1217)),
+    "argoverse2, front": ((2048, 1550), (1216, 920)),
+    "waymo": ((1920, 1280), (934, 623)),
+    "ddad": ((1936, 1216), (888, 558)),
+    "ddad, side": ((1936, 1216), (1905, 1197)),
+    "nuscenes": ((1600, 900), (1263, 711)),
+    "nuscenes, back": ((1600, 900), (1973, 1110)),
+    "scannetpp": ((256, 192), (1341, 1006)),
+    "scannetpp, another camera": ((256, 192), (1342, 1006)),
+    "sunrgbd kv2": ((730, 530), (1379, 1001)),
+    "sunrgbd xtion": ((640, 480), (1120, 840)),
+    "nyuv2": ((561, 427), (1081, 823)),
+    "ibims1": ((640, 480), (1144, 858)),
+    "eth3d": ((6048, 4032), (1819, 1212)),
+    "matterport3d": ((1280, 1024), (1189, 951)),
+    "hm3d": ((512, 512), (3842, 3842)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_nearest_is_opencv_s(name):
+    """The map is stretched as cv2 stretches it, column by column and row by row."""
+    (width, height), canonical = SIZES[name]
+    columns = np.broadcast_to(np.arange(width, dtype=np.float32), (2, width))
+    rows = np.broadcast_to(np.arange(height, dtype=np.float32)[:, None], (height, 2))
+    stretched = cv2.resize(columns, (canonical[0], 2), interpolation=cv2.INTER_NEAREST)[0]
+    np.testing.assert_array_equal(released.nearest(np.arange(canonical[0]), width, canonical[0]), stretched)
+    stretched = cv2.resize(rows, (2, canonical[1]), interpolation=cv2.INTER_NEAREST)[:, 0]
+    np.testing.assert_array_equal(released.nearest(np.arange(canonical[1]), height, canonical[1]), stretched)
+
+
+def test_as_released_keeps_the_canonical_size_of_a_rounded_focal_length(folder):
+    size, focal = (640, 480), 548.25636  # the record says 548.26, and a canonical height of 480 * 1000 / 548.25636
+    (folder / "images" / "b.png").write_bytes(encoded(np.zeros((*size[::-1], 3), np.uint8), "PNG"))
+    record = RECORD | {"image": "b.png", "original_rgb_size": list(size), "original_fx": 548.26}
+    record["canonical_size"] = [round(side * 1000 / focal) for side in size]
+    assert record["canonical_size"][1] != round(size[1] * 1000 / 548.26)
+    _, rows = run(folder, record, as_released=True)
+    assert [round(side * 1000 / rows[0]["fx"]) for side in size] == record["canonical_size"]
+    assert abs(rows[0]["fx"] - 548.26) <= 0.005
 
 
 def test_ray_distance_becomes_z_for_map_and_points(folder):
@@ -129,7 +193,8 @@ def test_rotated_words_of_sun_and_nyu(folder, as_released):
     pixels = [[0, 0], [1, 0], [2, 0], [5, 5]]
     read = [round(float(rotated(int(true[v, u]))) / 8000, 4) for u, v in pixels]
     assert read[:2] == [8.191, 0.8081]
-    record = RECORD | {"depth_scale": 8000.0, "pixel_coords": pixels, "depth": read, "canonical_size": [W, H]}
+    record = RECORD | {"depth_scale": 8000.0, "pixel_coords": pixels, "depth": read}
+    record |= {"original_fx": 1000.0, "canonical_size": [W, H]}
     _, rows = run(folder, record, source=Nyu, as_released=as_released)
     depth = np.asarray(rows[0]["depth"])
     if as_released:

@@ -72,6 +72,7 @@ class Contestant(Generic[Prepared]):
     """
 
     title: ClassVar[str]  # as tables name it
+    group: ClassVar[str] = "Pure Vision Models"  # of tables, as the paper names its groups
     dense: ClassVar[bool]  # whether it gives maps; otherwise it is asked point by point
     quantity: ClassVar[str] = "z"  # or "ray": Euclidean distance to the camera; the scorer converts it
     uses_intrinsics: ClassVar[bool] = False  # whether it is given the camera, so that tables can say so
@@ -99,7 +100,7 @@ class Contestant(Generic[Prepared]):
     def prepare(self, queries: list[Query]) -> Prepared:
         """What `maps` or `answers` is given: the queries, or what can be made of them while the batch before is run.
 
-        It is called in another thread, one batch ahead.
+        It is called in another process, some batches ahead: it cannot use the device, and attributes it sets are lost.
         """
         return queries
 

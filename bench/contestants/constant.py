@@ -7,6 +7,7 @@ from ._base import Contestant, Query
 
 class Constant(Contestant[list[Query]]):
     title = "Constant"
+    group = "Naive Prediction with Constant Answers"
     dense = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):

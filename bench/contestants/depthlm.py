@@ -26,6 +26,7 @@ def questions(query: Query) -> Iterator[_prompt.Question]:
 
 class DepthLM(VisionLanguageModel):
     title = "DepthLM"
+    group = "VLMs Trained on Metric Depth Estimation"
     quantity = "ray"
     uses_intrinsics = True
     model_types = ()  # its own is "llava", as that of many

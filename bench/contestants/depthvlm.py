@@ -12,6 +12,7 @@ from ._base import Contestant, Query
 
 class DepthVLM(Contestant[BatchFeature]):
     title = "DepthVLM"
+    group = "VLMs Trained on Metric Depth Estimation"
     dense = True
     uses_intrinsics = True
     model_types = ("depthvlm",)

@@ -49,6 +49,7 @@ class OpenAI(Contestant[list[Query]]):
     """
 
     title = "OpenAI-compatible endpoint"
+    group = "General-Purpose VLMs"
     dense = False
     paid = True
 

@@ -14,6 +14,7 @@ class VisionLanguageModel(Contestant[list[Query]]):
     """Greedy decoding; what the checkpoint's own processor does to an image (tiles, sizes) is left as it is."""
 
     title = "Vision-language model"
+    group = "General-Purpose VLMs"
     dense = False
     model_types = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "qwen2_vl", "internvl", "llava", "llava_onevision")
     questions = staticmethod(_prompt.questions)

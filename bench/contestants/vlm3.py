@@ -28,6 +28,7 @@ def questions(query: Query) -> Iterator[_prompt.Question]:
 
 class VLM3(VisionLanguageModel):
     title = "VLM3"
+    group = "VLMs Trained on Metric Depth Estimation"
     quantity = "ray"
     uses_intrinsics = True
     model_types = ()  # its own is "qwen3_vl", as that of many

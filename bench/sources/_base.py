@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..geometry import Intrinsics
 
@@ -175,12 +175,14 @@ def pinhole(matrix: Any, name: str) -> Intrinsics:
     return fx, fy, cx, cy
 
 
-def open_image(data: bytes, name: str) -> Image.Image:
+def open_image(data: bytes, name: str, formats: tuple[str, ...] = ("JPEG", "PNG")) -> Image.Image:
     """Open, but do not decode, an encoded image; its size is checked first. Raises BadFrame."""
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except (OSError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
-        raise BadFrame(f"{name} is not a readable JPEG or PNG ({error})") from error
+        # what Pillow says of unknown content names an address in memory, which a record of a build must not hold
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
+        raise BadFrame(f"{name} is not a readable {' or '.join(formats)}{reason}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadFrame(f"{name} is {width}x{height}, more than {MAX_PIXELS} pixels; refused as a decompression bomb")
