@@ -256,7 +256,7 @@ batch = processor(images=[Image.open(image)], focal_lengths=[1000.0], return_ten
 with torch.no_grad():
     outputs = model(**batch)
 pipe = pipeline("depth-estimation", model=dst, trust_remote_code=True, dtype=torch.float32)
-piped = pipe(image, focal_length=1000.0)["predicted_depth"]
+piped = pipe(image, focal_lengths=1000.0)["predicted_depth"]
 post = processor.post_process_depth_estimation(outputs)[0]["predicted_depth"]
 torch.save([dict(batch), outputs.logits, outputs.predicted_depth[0], post, piped], result)
 """

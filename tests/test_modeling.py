@@ -1223,7 +1223,7 @@ def test_refuses_a_wrong_number_of_placeholders(model):
 def test_refuses_a_wrong_number_of_cameras(model, call, count):
     batch, cameras = tiny_batch([[(2, 3)], [(4, 2)]]), [{}] * count
     assert_refused(
-        lambda: getattr(model, call)(**batch, cameras=cameras), f"{count} cameras", "2 images", "one an image"
+        lambda: getattr(model, call)(**batch, cameras=cameras), f"{count} cameras", "2 images", "one per image"
     )
 
 
