@@ -27,7 +27,7 @@ class DepthTrainingOutput(FusedCausalLMOutput):
     depth_scores: torch.Tensor | None = None
 
 
-def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
+def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool) -> None:
     """
     Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
 
@@ -72,7 +72,7 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
             loss, scores = ImageByImage.apply(self.depth_head, sizes, depth_scale, len(trained), *trained, *flat)
         else:
             predictions = [(self.depth_head(features, grid)[0], label) for features, grid, label in labelled]
-            scores = torch.stack([torch.stack([silog_loss(*own), *depth_accuracy(*own)]) for own in predictions])
+            scores = torch.stack([torch.stack([silog_loss(*pair), *depth_accuracy(*pair)]) for pair in predictions])
             loss = depth_scale * scores[:, 0].sum()
         return DepthTrainingOutput(**text, depth_loss=zero + loss, depth_scores=scores)
 
@@ -91,22 +91,22 @@ class ImageByImage(torch.autograd.Function):
         images: (number of features, grid, label) of each. scale: of the loss. tensors: `num_parameters` parameters,
         then all features.
 
-        Returns the loss and, an image, SILog, delta1 and AbsRel, `(num_images, 3)`.
+        Returns the loss and, per image, SILog, delta1 and AbsRel, `(num_images, 3)`.
         """
         parameters, features = tensors[:num_parameters], iter(tensors[num_parameters:])
         total, scores, sums, gradients = 0, [], [None] * num_parameters, []
         for number, grid, label in images:
-            own = [next(features) for _ in range(number)]
-            own = [level.detach().requires_grad_(level.requires_grad) for level in own]
-            inputs = [*parameters, *own]
+            levels = [next(features) for _ in range(number)]
+            levels = [level.detach().requires_grad_(level.requires_grad) for level in levels]
+            inputs = [*parameters, *levels]
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
             with torch.enable_grad():
-                prediction = head(own, grid)[0]
+                prediction = head(levels, grid)[0]
                 loss = silog_loss(prediction, label)
-                found = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
-            found = [next(found) if tensor.requires_grad else None for tensor in inputs]
-            sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=False)]
-            gradients += found[num_parameters:]
+                computed = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
+            computed = [next(computed) if tensor.requires_grad else None for tensor in inputs]
+            sums = [new if old is None else old.add_(new) for old, new in zip(sums, computed, strict=False)]
+            gradients += computed[num_parameters:]
             total = total + loss.detach() * scale
             scores.append(torch.stack([loss, *depth_accuracy(prediction, label)]).detach())
         ctx.gradients = [*sums, *gradients]

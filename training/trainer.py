@@ -31,23 +31,43 @@ PARTS = {
 
 @dataclass
 class DepthSFTConfig(SFTConfig):
-    """TRL's arguments with other defaults, and three of this project."""
+    """TRL's arguments, some with other defaults, and this project's."""
 
     trains: list[str] = field(
         default_factory=lambda: ["depth_head"],
-        metadata={"help": f"the parts that are trained, of {', '.join(PARTS)}; of the head alone, text plays no role"},
+        metadata={"help": f"parts of the model to train, of {', '.join(PARTS)}; the rest is frozen"},
     )
-    depth_weight: float = field(default=1.0, metadata={"help": "beta of L_LM + beta * L_depth; 0 leaves depth out"})
-    eval_questions: int = field(default=0, metadata={"help": "held-out rows whose questions are answered at the end"})
-    retention_steps: int = field(default=0, metadata={"help": "steps between looks of the retention watch; 0: none"})
-    save_dtype: str | None = field(default=None, metadata={"help": "of the final save, e.g. bfloat16; as trained"})
+    depth_weight: float = field(
+        default=1.0, metadata={"help": "weight beta of the depth loss in L_LM + beta * L_depth; 0 turns it off"}
+    )
+    eval_questions: int = field(
+        default=0,
+        metadata={
+            "help": "number of rows per evaluation data set whose questions are answered after training; 0 turns it off"
+        },
+    )
+    retention_steps: int = field(
+        default=0,
+        metadata={
+            "help": "interval, in steps, at which fixed questions are answered to detect forgetting; 0 turns it off"
+        },
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the final checkpoint, e.g. bfloat16; default: the dtype of training"}
+    )
 
-    max_length: int | None = field(default=None, metadata={"help": "tokens; conversations are never cut"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "maximum tokens per conversation; longer ones are never truncated"}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
-    ignore_data_skip: bool = field(default=True, metadata={"help": "must stay true: the data resumes by itself"})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "must stay true: logits are never kept"})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "where metrics are sent"})
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that read and decode, a rank"})
+    ignore_data_skip: bool = field(
+        default=True, metadata={"help": "must stay true: the data stream resumes by its own positions"}
+    )
+    prediction_loss_only: bool = field(default=True, metadata={"help": "must stay true: no logits are computed"})
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "experiment trackers, e.g. tensorboard, wandb or trackio"}
+    )
+    dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per rank"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,8 +82,8 @@ class DepthSFTConfig(SFTConfig):
             raise ValueError(f"depth_weight is {self.depth_weight}, so a head trained alone has no loss; raise it")
 
 
-def freeze(model: DepthVLMForConditionalGeneration, trains: list[str]):
-    """Leave gradients to the named parts alone."""
+def freeze(model: DepthVLMForConditionalGeneration, trains: list[str]) -> None:
+    """Make the named `PARTS` trainable and freeze every other parameter."""
     if "lm_head" in trains and model.config.tie_word_embeddings and "language_model" not in trains:
         raise ValueError(
             "trains has lm_head without language_model, but this model's LM head is the LLM's embedding; name both"
