@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageEnhance
 from transformers.utils import logging
@@ -58,6 +59,12 @@ class DataSource:
         if not self.weight > 0:
             raise ValueError(f"weight of data set {self.path!r} is {self.weight}; leave it out or give it more than 0")
 
+    @property
+    def label(self) -> str:
+        """Name in logs and reports."""
+        name = self.name or Path(self.path).name
+        return name if self.kind == "depth" else f"{name}-{self.kind}"
+
     def open(self) -> datasets.IterableDataset:
         """The rows as a stream, images left encoded, so that one that is broken does not end it."""
         rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=True).decode(False)
@@ -79,6 +86,9 @@ class DataArguments:
     datasets: list[DataSource] = field(default_factory=list, metadata={"help": "the mix, a list of mappings in YAML"})
     eval_datasets: list[DataSource] = field(default_factory=list, metadata={"help": "held-out data, likewise"})
     max_eval_samples: int = field(default=500, metadata={"help": "first rows of each held-out data set"})
+    sampling: str = field(
+        default="sets", metadata={"help": "draw a data set by weight (sets) or by weight times its rows (rows)"}
+    )
     shuffle_buffer: int = field(default=200, metadata={"help": "rows of each data set that are shuffled together"})
     max_pixels: int | None = field(default=None, metadata={"help": "budget for a processed photo; the processor's"})
     max_bad_share: float = field(default=0.01, metadata={"help": "share of unreadable rows past which training stops"})
@@ -91,6 +101,14 @@ class DataArguments:
     def __post_init__(self):
         for mix in (self.datasets, self.eval_datasets):
             mix[:] = [DataSource(**entry) if isinstance(entry, dict) else entry for entry in mix]
+
+
+def row_counts(source: DataSource) -> tuple[int | None, int]:
+    """Rows and shards of a data set, from its metadata alone; rows are None where the format does not state them."""
+    files = datasets.load_dataset_builder(source.path, source.name).config.data_files[source.split]
+    if not all(str(file).endswith(".parquet") for file in files):
+        return None, len(files)
+    return sum(pq.read_metadata(file).num_rows for file in files), len(files)
 
 
 # A row -> a sample
@@ -249,6 +267,8 @@ class Collator:
             batch["depth_labels"] = flat["depth_labels"]
         if "position" in samples[-1]:
             batch["position"] = samples[-1]["position"]
+        batch["row_sets"] = [sample.get("set", 0) for sample in samples]
+        batch["image_sets"] = [sample.get("set", 0) for sample in samples for _ in sample["images"]]
         return batch
 
     def pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
@@ -280,8 +300,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
     """The endless mix of a rank, split over its DataLoader workers, that can go on from any sample.
 
     Each pair of rank and worker reads its own shards of every data set, shuffled anew each time around, and draws from
-    them by weight. Every sample holds its `position`: (worker, rows read, rows unreadable). A row that cannot be read
-    is written to `log`, and the next one is read; past `max_bad_share` an error ends training.
+    them by weight. Every sample holds its `position`: (worker, rows read, rows unreadable, rank, both per data set).
+    A row that cannot be read is written to `log`, and the next one is read; past `max_bad_share` training stops.
     """
 
     def __init__(
@@ -293,16 +313,23 @@ class TrainingStream(torch.utils.data.IterableDataset):
         self.rows = [source.open() for source in arguments.datasets]
         self.batches_done, self.start = 0, {}
 
-    def resume(self, batches_done: int, positions: dict[int, tuple[int, int]]):
-        """Go on after `batches_done` batches, of which each worker's last ended at (rows read, rows unreadable)."""
-        self.batches_done, self.start = batches_done, positions
+    def resume(self, batches_done: int, positions: list) -> None:
+        """Go on after `batches_done` batches per rank; positions: of the last batch of each worker of each rank."""
+        self.batches_done = batches_done
+        self.start = {worker: counts for worker, _, _, rank, counts in positions if rank == self.rank}
+
+    def bad_rows(self, positions: list) -> dict[str, tuple[int, int]]:
+        """Data set -> rows read and rows refused, summed over the positions."""
+        totals = np.sum([counts for *_, counts in positions], axis=0).tolist() if positions else []
+        return {source.label: (read, bad) for source, (read, bad) in zip(self.arguments.datasets, totals, strict=False)}
 
     def __iter__(self) -> Iterator[dict]:
         info = torch.utils.data.get_worker_info()
         workers = info.num_workers if info else 1
         # a resumed DataLoader asks its first worker first; it plays the one whose turn it is
         worker = ((info.id if info else 0) + self.batches_done) % workers
-        first, bad = self.start.get(worker, (0, 0))
+        counts = [list(pair) for pair in self.start.get(worker, [(0, 0)] * len(self.rows))]
+        first, bad = (sum(column) for column in zip(*counts, strict=True))
         piece, pieces = self.rank * workers + worker, self.world_size * workers
         streams = [endless(rows, self.arguments.shuffle_buffer, self.seed, piece, pieces) for rows in self.rows]
         weights = np.array([source.weight for source in self.arguments.datasets])
@@ -313,13 +340,16 @@ class TrainingStream(torch.utils.data.IterableDataset):
             if number < first:
                 continue
             source = self.arguments.datasets[index]
+            counts[index][0] += 1
             try:
                 sample = read_sample(row, source, self.arguments, np.random.default_rng([self.seed, piece, number]))
             except Exception as error:  # whatever a decoder raises for what it was given
                 bad += 1
+                counts[index][1] += 1
                 self.report(source, row, error, bad, number + 1)
                 continue
-            yield sample | {"position": (worker, number + 1, bad)}
+            position = (worker, number + 1, bad, self.rank, [tuple(pair) for pair in counts])
+            yield sample | {"position": position, "set": int(index)}
 
     def report(self, source: DataSource, row: dict, error: Exception, bad: int, read: int):
         line = json.dumps({"path": source.path, "name": source.name, "id": row.get("id"), "reason": str(error)})
