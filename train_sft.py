@@ -119,7 +119,7 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
         data_collator=Collator(processor, data_args.max_pixels),
         processing_class=processor,
         peft_config=peft_config(model_args, training_args.trains),
-        callbacks=[EpochCallback()],
+        callbacks=[EpochCallback(None)],
     )
     if training_args.retention_steps:
         trainer.add_callback(RetentionWatch(trainer, data_args, training_args.retention_steps))
