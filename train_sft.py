@@ -11,7 +11,7 @@ Stage 1 trains the depth head alone, with SILog; stage 2 the language model too,
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -31,7 +31,7 @@ NO_INSTRUCTIONS = (
 )
 
 
-def peft_config(model_args: ModelConfig, trains: list[str]):
+def peft_config(model_args: ModelConfig, trains: list[str]) -> PeftConfig | None:
     """LoRA on the LLM's linear layers where nothing else is asked for; the depth head is trained whole."""
     if model_args.use_peft:
         if "language_model" not in trains:
@@ -44,7 +44,7 @@ def peft_config(model_args: ModelConfig, trains: list[str]):
     return get_peft_config(model_args)
 
 
-def load_model(model_args: ModelConfig):
+def load_model(model_args: ModelConfig) -> tuple[DepthVLMForConditionalGeneration, DepthVLMProcessor]:
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit have no effect here; leave them out")
     for cls, auto_class in (
@@ -67,17 +67,17 @@ def load_model(model_args: ModelConfig):
 
 def last_checkpoint(output: Path, world_size: int) -> Path:
     """The newest checkpoint that was written to its end."""
-    found = [
+    complete = [
         (int(folder.name.split("-")[1]), folder)
         for folder in output.glob("checkpoint-*")
         if all((folder / f"data_position_{rank}.json").exists() for rank in range(world_size))
     ]
-    if not found:
+    if not complete:
         raise ValueError(f"{output} holds no complete checkpoint to resume from; leave resume_from_checkpoint out")
-    return max(found)[1]
+    return max(complete)[1]
 
 
-def save(trainer: DepthSFTTrainer):
+def save(trainer: DepthSFTTrainer) -> None:
     """A complete repository of weights, processor and code; adapters are merged."""
     if isinstance(trainer.model, PeftModel) and not trainer.is_fsdp_enabled:
         trainer.model = trainer.model.merge_and_unload()
@@ -90,7 +90,7 @@ def save(trainer: DepthSFTTrainer):
         trainer.push_to_hub()
 
 
-def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: ModelConfig):
+def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: ModelConfig) -> None:
     output = Path(training_args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
@@ -119,7 +119,7 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
         data_collator=Collator(processor, data_args.max_pixels),
         processing_class=processor,
         peft_config=peft_config(model_args, training_args.trains),
-        callbacks=[EpochCallback()],
+        callbacks=[EpochCallback(None)],
     )
     if training_args.retention_steps:
         trainer.add_callback(RetentionWatch(trainer, data_args, training_args.retention_steps))

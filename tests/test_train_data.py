@@ -359,10 +359,9 @@ def test_stream_resumes_at_the_sample(tmp_path, workers, done):
     whole = batches(TrainingStream(arguments, 3), done + 6)
     positions = {}
     for batch in whole[:done]:
-        worker, *position = batch[-1]["position"]
-        positions[worker] = position
+        positions[batch[-1]["position"][0]] = batch[-1]["position"]
     stream = TrainingStream(arguments, 3)
-    stream.resume(done, positions)
+    stream.resume(done, list(positions.values()))
     for batch, expected in zip(batches(stream, 6), whole[done:], strict=True):
         assert [sample["position"] for sample in batch] == [sample["position"] for sample in expected]
         for sample, other in zip(batch, expected, strict=True):

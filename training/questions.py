@@ -12,7 +12,16 @@ from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 from .data import DataArguments, conversation, decode
 from .trainer import DepthSFTTrainer
 
-RETENTION_QUESTIONS = ("Describe this image.", "How many people are there?", "What is the largest object made of?")
+RETENTION_QUESTIONS = (
+    "Describe this image.",
+    "How many people are there?",
+    "What is the largest object made of?",
+    "Is this indoors or outdoors? Answer with one word.",
+    "Which colours do you see?",
+    "Is there any text in this image? If so, what does it say?",
+    "What would you find if you walked to the left?",
+    "Write a short title for this photo.",
+)
 
 
 @torch.no_grad()  # not inference mode: what FSDP2 allocates now, training uses later
