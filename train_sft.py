@@ -18,8 +18,10 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
-from training.data import Collator, DataArguments, EvalSamples, TrainingStream
+from training.data import DataArguments
+from training.encoding import Collator, Encoder
 from training.questions import RetentionWatch, score_questions
+from training.stream import EvalSamples, TrainingStream
 from training.trainer import DepthSFTConfig, DepthSFTTrainer, EpochCallback, freeze
 
 logger = logging.get_logger(__name__)
@@ -105,8 +107,10 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
 
     # Data
     rank, world_size = training_args.process_index, training_args.world_size
-    train_dataset = TrainingStream(data_args, training_args.seed, rank, world_size, output / "unreadable.jsonl")
-    eval_dataset = EvalSamples(data_args) if data_args.eval_datasets else None
+    encoder, log = Encoder(processor, training_args.max_length), output / "unreadable.jsonl"
+    batch_size = training_args.per_device_train_batch_size
+    train_dataset = TrainingStream(data_args, training_args.seed, rank, world_size, log, encoder, batch_size)
+    eval_dataset = EvalSamples(data_args, encoder, log) if data_args.eval_datasets else None
     if training_args.trains != ["depth_head"] and all(source.kind == "depth" for source in data_args.datasets):
         logger.warning(NO_INSTRUCTIONS)
 
@@ -116,7 +120,7 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=Collator(processor, data_args.max_pixels),
+        data_collator=Collator(processor),
         processing_class=processor,
         peft_config=peft_config(model_args, training_args.trains),
         callbacks=[EpochCallback(None)],

@@ -35,29 +35,31 @@ class Encoder:
         floor = min(image_processor.size["shortest_edge"], budget)
         for index, (image, focal_length) in enumerate(zip(sample["images"], sample["focal_lengths"], strict=True)):
             width, height = image.size
-            area = math.prod(min(side, sample.get("crop_side") or side) for side in image.size)
-            zoom = 1 if focal_length is None else self.processor.canonical_focal_length / focal_length
+            crop_side = sample.get("crop_side") or max(image.size)
+            area = min(width, crop_side) * min(height, crop_side)
+            normalized = focal_length is not None and self.processor.focal_normalization
+            zoom = self.processor.canonical_focal_length / focal_length if normalized else 1
             pixels = min(max(area * zoom**2, floor), budget)
             tokens += pixels / token**2
             zoom = math.sqrt(pixels / area)
-            if zoom <= DRAFT:
+            if normalized and zoom <= DRAFT:
                 image.draft(None, (math.ceil(width * zoom), math.ceil(height * zoom)))
-                reduced = image.size[0] / width
-                if focal_length is not None:
-                    sample["focal_lengths"][index] *= reduced
-                if sample.get("crop_side") is not None:
-                    sample["crop_side"] *= reduced
+                sample["focal_lengths"][index] *= image.size[0] / width
+                sample["crop_side"] = crop_side * image.size[0] / width
         return tokens
 
     def __call__(self, sample: dict) -> dict:
         """
-        Returns `input_ids`, `labels` and `mm_token_type_ids`, `(tokens,)`, `pixel_values` and `image_grid_thw` where
-        there are images, and `depth_labels`, one `(height, width)` or `None` per image.
+        Returns `input_ids`, `labels` and `mm_token_type_ids`, `(tokens,)`, `pixel_values`, 8-bit patches for
+        `processor.normalize_patches`, and `image_grid_thw` where there are images, and `depth_labels`, one
+        `(height, width)` or `None` per image.
         """
         pieces, images = self.pieces(sample["messages"]), sample["images"]
         inputs = {}
         if images:
-            inputs = {key: sample[key] for key in ("images", "focal_lengths", "max_pixels")}
+            inputs = {key: sample[key] for key in ("images", "focal_lengths", "max_pixels")} | {"uint8_patches": True}
+            if all(focal_length is None for focal_length in sample["focal_lengths"]):
+                inputs["focal_normalization"] = False  # a question about no metres is asked as the base model's are
             if any(depth is not None for depth in sample["depth_maps"]):
                 inputs["depth_maps"] = sample["depth_maps"]
         encoded = self.processor(text=[text for text, _ in pieces], **inputs)

@@ -244,11 +244,12 @@ def block_order(seed: tuple, turn: int, blocks: int) -> np.ndarray:
 
 @dataclass
 class Held:
-    """An opened sample that waits for its batch. key: its number among the reader's, data set, block and row."""
+    """An opened sample that waits for its batch."""
 
-    key: tuple[int, int, int, int]
+    key: tuple[int, int, int, int]  # its number among the reader's rows, data set, block and row
     sample: dict
     length: tuple[float, float]  # in tokens, and a random number, which orders those of equal length
+    name: str  # of the row
 
 
 class Reader:
@@ -324,11 +325,11 @@ class Reader:
         stored, generator, encoder = {}, self.generator(number, 0), self.stream.encoder
         try:
             stored = read(block, row)
-            sample = open_sample(stored, self.source(index), generator) | {"id": stored.get("id")}
+            sample = open_sample(stored, self.source(index), generator)
             length = encoder.measure(sample) if encoder else 0.0
         except Exception as error:  # whatever a decoder raises for what it was given
-            return self.refuse(key, stored.get("id"), error)
-        return Held(key, sample, (length, generator.random()))
+            return self.refuse(index, row_name(stored, self.stream.rows[index], block, row), error)
+        return Held(key, sample, (length, generator.random()), row_name(stored, self.stream.rows[index], block, row))
 
     def open_again(self, keys: list) -> list[Held]:
         """Rows that were opened before, each block read once."""
@@ -344,15 +345,12 @@ class Reader:
             sample = load_sample(held.sample, self.source(index), self.generator(number, 1))
             return self.stream.encoder(sample) if self.stream.encoder else sample
         except Exception as error:
-            return self.refuse(held.key, held.sample["id"], error)
+            return self.refuse(index, held.name, error)
 
-    def refuse(self, key: tuple[int, int, int, int], row_id, error: Exception) -> None:
-        _, index, block, row = key
+    def refuse(self, index: int, name: str, error: Exception) -> None:
         self.refused[index] += 1
         self.in_vain += 1
-        if row_id is None:
-            row_id = self.stream.rows[index].name(block, row)
-        line = report(self.source(index), row_id, error, self.stream.log)
+        line = report(self.source(index), name, error, self.stream.log)
         if self.in_vain == self.window + REFUSED_AT_MOST:
             raise ValueError(
                 f"{self.in_vain} rows were read and none of them can be used; mend the data or their description "
@@ -366,11 +364,16 @@ class Reader:
         return np.random.default_rng([self.stream.seed, self.division, self.reader, number, purpose])
 
 
-def report(source: DataSource, row_id, error: Exception, log: Path | None) -> str:
+def row_name(stored: dict, rows: Rows, block: int, row: int) -> str:
+    """A row's own id, else where it is stored."""
+    return rows.name(block, row) if stored.get("id") is None else str(stored["id"])
+
+
+def report(source: DataSource, name: str, error: Exception, log: Path | None) -> str:
     """Name a row that cannot be used, where people look and in the log."""
     reason = f"{type(error).__name__}: {error}"
     line = json.dumps(
-        {"data_set": source.label, "path": source.path, "name": source.name, "id": row_id, "reason": reason}
+        {"data_set": source.label, "path": source.path, "name": source.name, "id": name, "reason": reason}
     )
     logger.warning(f"row that cannot be used, left out: {line}")
     if log:
@@ -381,52 +384,42 @@ def report(source: DataSource, row_id, error: Exception, log: Path | None) -> st
 
 class EvalSamples(torch.utils.data.Dataset):
     """
-    One rank's part of the first rows of the held-out data, the same each time, each row on one rank.
+    The first rows of the held-out data as model inputs, the same each time.
 
-    All ranks have the same number of samples, because under FSDP they have to run the model as often as each other.
-    Where a rank has fewer rows, or a row cannot be used, which is logged, the sample is a text of which nothing is
-    learnt (`labels` are -100, and there are no `depth_labels`), so that it adds nothing to a sum of losses.
+    In the place of a row that cannot be used, which is logged, stands a text of which nothing is learnt (`labels` are
+    -100, and there are no `depth_labels`), so that it adds nothing to a sum of losses.
     """
 
-    def __init__(
-        self, arguments: DataArguments, encoder: Encoder, rank: int = 0, world_size: int = 1, log: Path | None = None
-    ):
+    def __init__(self, arguments: DataArguments, encoder: Encoder, log: Path | None = None):
         self.sources, self.encoder, self.log = arguments.eval_datasets, encoder, log
         self.rows = [source.open() for source in self.sources]
-        places = [
+        self.places = [
             (index, block, row)
             for index, rows in enumerate(self.rows)
             for block, row in itertools.islice(places_of(rows), arguments.max_eval_samples)
         ]
-        self.size = -(-len(places) // world_size)
-        self.start = rank * self.size
-        self.places = places[self.start : self.start + self.size]
         self.opened = None, None
         messages = [{"role": role, "content": []} for role in ("user", "assistant")]
         nothing = encoder(dict.fromkeys(("images", "focal_lengths", "depth_maps"), []) | {"messages": messages})
-        self.nothing = nothing | {"labels": torch.full_like(nothing["labels"], -100), "set": 0}
+        self.nothing = nothing | {"labels": torch.full_like(nothing["labels"], -100)}
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        if not 0 <= index < self.size:
-            raise IndexError(index)
-        if index >= len(self.places):
-            return self.nothing
         number, block, row = self.places[index]
-        source, stored = self.sources[number], {}
-        generator = np.random.default_rng(self.start + index)
+        source, stored, generator = self.sources[number], {}, np.random.default_rng(index)
         try:
             if self.opened[0] != (number, block):
                 self.opened = (number, block), self.rows[number].read(block)
             stored = self.opened[1][row]
             sample = open_sample(stored, source, generator)
             self.encoder.measure(sample)
-            return self.encoder(load_sample(sample, source, generator)) | {"set": number}
+            encoded = self.encoder(load_sample(sample, source, generator))
         except Exception as error:  # as in training
-            report(source, stored.get("id") or self.rows[number].name(block, row), error, self.log)
-            return self.nothing | {"set": number}
+            report(source, row_name(stored, self.rows[number], block, row), error, self.log)
+            encoded = self.nothing
+        return encoded | {"set": number}
 
 
 def places_of(rows: Rows) -> Iterator[tuple[int, int]]:

@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
-from .data import TrainingStream
 from .loss import DEPTH_LOSSES, add_depth_loss
+from .stream import TrainingStream
 
 PARTS = {
     "depth_head": "depth_head.",
@@ -198,8 +198,8 @@ class DepthSFTTrainer(SFTTrainer):
     def __init__(self, *args, train_dataset: TrainingStream, rows: dict[str, int | None] | None = None, **kwargs):
         """rows: number of rows of each data set of the mix, by its label, for the log's `epochs/NAME`."""
         # TRL takes none but the classes of `datasets`, of which it looks at the first sample
-        sample = functools.partial(itertools.islice, train_dataset, 1)
-        super().__init__(*args, train_dataset=datasets.IterableDataset.from_generator(sample), **kwargs)
+        sample = datasets.IterableDataset.from_generator(lambda: iter([{"images": []}]))
+        super().__init__(*args, train_dataset=sample, **kwargs)
         self.train_dataset, self.rows = train_dataset, rows or {}
         core = self.accelerator.unwrap_model(self.model)
         core = core.get_base_model() if hasattr(core, "get_base_model") else core
@@ -295,6 +295,8 @@ class DepthSFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         row_sets, image_sets = inputs.pop("row_sets"), inputs.pop("image_sets")
         depth_labels = inputs.pop("depth_labels", [])
+        if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.processing_class.normalize_patches(inputs["pixel_values"])
         if not self.args.depth_weight:
             depth_labels = []
         labelled = [bool((label > 0).any()) for label in depth_labels]
@@ -487,7 +489,7 @@ def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
     batch = collator(list(samples))
     batch["labels"][~torch.tensor(counts)] = -100
     if "depth_labels" in batch:
-        of_images = [counted for sample, counted in rows for _ in sample["images"]]
+        of_images = [counted for sample, counted in rows for _ in sample["depth_labels"]]
         batch["depth_labels"] = [
             label if counted else torch.zeros_like(label)
             for label, counted in zip(batch["depth_labels"], of_images, strict=True)
