@@ -243,7 +243,7 @@ def load_sample(sample: dict, source: DataSource, rng: np.random.Generator) -> d
 
 def conversation(questions: list[tuple[str, str]]) -> list[dict]:
     """Questions and answers about one image, which stands before the first question."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]}]
     for index, (question, answer) in enumerate(questions):
         text = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [{"type": "image"}, text] if index == 0 else [text]})
