@@ -8,6 +8,7 @@ Rows are shuffled within a block, or within as many of the reader's blocks of a 
 order follows from the seed and the number of readers alone, so that it can be taken up at any row.
 """
 
+import bisect
 import functools
 import itertools
 import json
@@ -25,7 +26,10 @@ from .rows import Rows
 
 logger = logging.get_logger(__name__)
 
-GROUPED_BATCHES = 16  # batches whose rows are opened ahead and dealt out by length
+POOL = 16  # batches whose rows are opened ahead, to choose those of like length from
+PADDING = 0.05  # share of padding up to which a batch is as good as any
+PATIENCE = 16  # pools that may be drawn before a row is used, however far from the others its length is
+OF_A_PASS = 8  # a pool holds at most this fraction of a pass over all data sets, and a row waits half a pass at most
 REFUSED_AT_MOST = 100  # rows beyond those opened ahead, without a single one that can be used, before a reader gives up
 
 
@@ -260,7 +264,11 @@ class Reader:
         self.first, self.division = state["first"], state["division"]
         self.passes = [stream.passes(index, reader, readers, state) for index in range(len(stream.rows))]
         self.drawn, self.used, self.refused = (np.array(state[name]) for name in ("drawn", "used", "refused"))
-        self.window = stream.batch_size * (GROUPED_BATCHES if stream.batch_size > 1 else 1)
+        rows = sum(int(rows.sizes.sum()) for rows in stream.rows) // readers  # of a pass
+        self.pool_size = max(stream.batch_size, min(POOL * stream.batch_size, rows // OF_A_PASS))
+        if stream.batch_size == 1:
+            self.pool_size = 1
+        self.patience = min(PATIENCE * self.pool_size, rows // 2)
         self.in_vain = 0  # rows refused since the last sample
         self.pool, self.group = self.open_again(state["pool"]), self.open_again(state["group"])
 
@@ -295,13 +303,23 @@ class Reader:
         }
 
     def next_group(self) -> None:
-        """As many rows of like length as a batch has, from anywhere between the shortest and the longest."""
+        """
+        Take as many rows as a batch has from the pool, neighbours in length: at random among those that need little
+        padding, or, where a row has waited long, the best ones with it.
+        """
         size = self.stream.batch_size
-        if len(self.pool) < size:
-            while len(self.pool) < self.window:
-                self.pool.append(self.draw())
-            self.pool.sort(key=lambda held: held.length)
-        start = size * int(self.generator(int(self.drawn.sum()), len(self.pool)).integers(len(self.pool) // size))
+        while len(self.pool) < self.pool_size:
+            bisect.insort(self.pool, self.draw(), key=lambda held: held.length)
+        lengths = np.array([held.length[0] for held in self.pool])
+        sums = np.cumsum([0, *lengths])
+        padding = 1 - (sums[size:] - sums[:-size]) / np.maximum(lengths[size - 1 :] * size, 1)
+        number, oldest = int(self.drawn.sum()), min(range(len(self.pool)), key=lambda index: self.pool[index].key[0])
+        if number - self.pool[oldest].key[0] > self.patience:
+            first = max(oldest - size + 1, 0)
+            start = first + int(padding[first : oldest + 1].argmin())
+        else:
+            good = np.flatnonzero(padding <= max(PADDING, padding.min()))
+            start = int(self.generator(number, 2).choice(good))
         self.group = self.pool[start : start + size]
         del self.pool[start : start + size]
 
@@ -351,7 +369,7 @@ class Reader:
         self.refused[index] += 1
         self.in_vain += 1
         line = report(self.source(index), name, error, self.stream.log)
-        if self.in_vain == self.window + REFUSED_AT_MOST:
+        if self.in_vain == self.pool_size + REFUSED_AT_MOST:
             raise ValueError(
                 f"{self.in_vain} rows were read and none of them can be used; mend the data or their description "
                 f"in `datasets`; the last: {line}"
