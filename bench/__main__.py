@@ -106,7 +106,7 @@ def describe_first(source: Source, split: str) -> str:
 
     frame = next(iter(source.frames(split)))
     try:
-        row, words = build.make_row(type(source), split, frame, source.load(frame))
+        row, words = build.make_row(source, split, frame, source.load(frame))
     except BadFrame as error:
         raise BadFrame(f"frame {frame.id}: {error}") from error
     width, height = build.image_size(row)

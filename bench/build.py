@@ -45,7 +45,7 @@ class Skipped(ValueError):
 # A frame -> a row
 
 
-def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
+def make_row(source: type[Source] | Source, split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
     """A row of FEATURES without points, and its depth words (h, w). Raises BadFrame."""
     if not re.fullmatch(r"[A-Za-z0-9_./-]+", frame.id):
         raise BadFrame(f"frame id {frame.id!r} has characters other than letters, digits and _./-")
@@ -156,11 +156,11 @@ class SourceReader:
     keep_hidden: bool = False
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
-        sample = _opened(self.source, self.raw, self.keep_hidden).load(frame)
-        row, words = make_row(self.source, self.split, frame, sample)
+        source = _opened(self.source, self.raw, self.keep_hidden)
+        row, words = make_row(source, self.split, frame, source.load(frame))
         if n_points:
             named = self.seed, self.source.name, frame.id
-            points = sampling.draw_points(words, self.source.depth_scale, image_size(row), n_points, *named)
+            points = sampling.draw_points(words, source.depth_scale, image_size(row), n_points, *named)
             row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
         return row, words
 
