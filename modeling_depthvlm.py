@@ -1,8 +1,8 @@
 """DepthVLM: Qwen3-VL that returns, from the same forward pass, a dense metric depth map for every image.
 
-The way of an image: the vision tower encodes it once; its three DeepStack features (merged, of the LLM's width) and the
-LLM's last hidden state at the image's tokens are four maps on the token grid; `DepthVLMDPTHead` turns them into one
-depth a pixel of the processed image. Text goes the way it goes in Qwen3-VL, bit for bit.
+The vision tower encodes each image once. Its three DeepStack features (merged, of the LLM's width) and the LLM's last
+hidden state at the image tokens are four maps on the token grid, from which `DepthVLMDPTHead` predicts one depth per
+pixel of the processed image. The text path is Qwen3-VL's, bit for bit.
 """
 
 import functools
@@ -48,14 +48,14 @@ class DepthVLMOutput(CausalLMOutputWithPast):
     cameras: list[dict] | None = None
 
     def to_tuple(self) -> tuple:
-        """Loss (with `labels`), logits, depth, then the rest, as far as there is any."""
+        """Loss (with `labels`), logits and depth, then the other fields that are not `None`."""
         first = [name for name in ("loss", "logits", "predicted_depth") if name in self]
         return tuple(self[name] for name in (*first, *(name for name in self if name not in first)))
 
 
 @dataclass
 class DepthVLMGenerateOutput(GenerateDecoderOnlyOutput):
-    """`generate`'s output and, one an image of the prompt, `predicted_depth` and `cameras` as in `DepthVLMOutput`."""
+    """`generate`'s output, and `predicted_depth` and `cameras` per image of the prompt, as in `DepthVLMOutput`."""
 
     predicted_depth: tuple[torch.FloatTensor, ...] | None = None
     cameras: list[dict] | None = None
@@ -63,7 +63,7 @@ class DepthVLMGenerateOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class DepthVLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
-    """Beam search's output and, one an image of the prompt, `predicted_depth` and `cameras` as in `DepthVLMOutput`."""
+    """Beam search's output, and `predicted_depth` and `cameras` per image of the prompt, as in `DepthVLMOutput`."""
 
     predicted_depth: tuple[torch.FloatTensor, ...] | None = None
     cameras: list[dict] | None = None
@@ -72,11 +72,12 @@ class DepthVLMGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 @dataclass
 class DepthVLMImageFeatures(BaseModelOutputWithDeepstackFeatures):
     """
-    The vision tower's output, with what the depth head needs and `generate` would drop, or repeat for each beam.
+    The vision tower's output with the depth head's fields, as `generate` drops the grid and repeats the features for
+    each beam.
 
     image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`): the patch grid of each image.
     visual_maps (tuple of tuples of `torch.FloatTensor` of shape `(num_tokens, hidden_size)`): the DeepStack levels and
-        the tower's own output, each one tensor an image.
+        the tower's output, each with one tensor per image.
     """
 
     image_grid_thw: torch.LongTensor | None = None
@@ -177,7 +178,7 @@ class DepthVLMResidualUnit(nn.Module):
 
 
 class DepthVLMFusion(nn.Module):
-    """Adds a finer map to what came from below and resizes the sum to the next finer map's grid."""
+    """Adds a skip connection to the coarser map and resizes the sum to the grid of the next finer level."""
 
     def __init__(self, channels: int, has_skip: bool):
         super().__init__()
@@ -195,7 +196,7 @@ class DepthVLMFusion(nn.Module):
 
 
 class DepthVLMFloat32Conv(nn.Conv2d):
-    """A convolution in float32, whatever its weights are in. A module: offloaded weights come when one is called."""
+    """A convolution in float32, whatever the dtype of its weights. A module, so that accelerate's offloading works."""
 
     def forward(self, hidden_states):
         return self._conv_forward(hidden_states.float(), self.weight.float(), self.bias.float())
@@ -210,7 +211,7 @@ class DepthVLMFloat32Linear(nn.Linear):
 
 class DepthVLMDPTHead(nn.Module):
     """
-    The paper's DPT head: four maps on the token grid -> one positive depth a pixel.
+    The paper's DPT head: four maps on the token grid -> one positive depth per pixel.
 
     1. one LayerNorm for all four; 1x1 projections; a pyramid of 8, 4, 2 and 1 times the token grid (`"dpt_original"`:
        4, 2, 1 and 1/2 times);
@@ -241,7 +242,7 @@ class DepthVLMDPTHead(nn.Module):
 
     def forward(self, features: Sequence[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
         """
-        features: four tensors of shape `(batch_size * grid_h * grid_w, hidden_size)`, raster order an image.
+        features: four tensors of shape `(batch_size * grid_h * grid_w, hidden_size)`, in raster order per image.
         grid: `(grid_h, grid_w)`, in tokens.
 
         Returns a float32 tensor of shape `(batch_size, grid_h * pixels_per_token, grid_w * pixels_per_token)`.
@@ -259,12 +260,12 @@ class DepthVLMDPTHead(nn.Module):
         fused = scratch.refinenet1(fused, pyramid[0], [2 * side for side in pyramid[0].shape[-2:]])
         fused = resize(scratch.output_conv1(fused), [side * self.pixels_per_token for side in grid])
         fused = F.relu_(scratch.output_conv2[0](fused))
-        with float32(fused):
+        with no_autocast(fused):
             return F.softplus(scratch.output_conv2[2](fused)).squeeze(1)
 
 
 class DepthVLMMLPHead(nn.Module):
-    """Table 4's two-layer head: each token gives one block of pixels_per_token x pixels_per_token depths."""
+    """The two-layer head of table 4: each token predicts a block of pixels_per_token x pixels_per_token depths."""
 
     def __init__(self, config: DepthVLMConfig):
         super().__init__()
@@ -279,7 +280,7 @@ class DepthVLMMLPHead(nn.Module):
         """As `DepthVLMDPTHead.forward`; the single-scale head reads the fourth feature alone."""
         tokens = torch.cat(list(features), dim=-1) if self.multiscale else features[-1]
         hidden_states = F.gelu(self.fc1(self.norm(tokens)))
-        with float32(hidden_states):
+        with no_autocast(hidden_states):
             blocks = (
                 F.softplus(self.fc2(hidden_states))
                 .unflatten(-1, (self.pixels_per_token,) * 2)
@@ -297,10 +298,12 @@ HEADS = {  # depth_head_type -> class
 
 
 def pixels_per_token(config: DepthVLMConfig) -> int:
+    """Side of a token in px of the processed image."""
     return config.vision_config.patch_size * config.vision_config.spatial_merge_size
 
 
 def resampling(channels: int, factor: float) -> nn.Module:
+    """A layer that resizes a map by `factor`: a transposed convolution, a strided one, or nothing."""
     if factor == 1:
         return nn.Identity()
     if factor < 1:
@@ -308,20 +311,21 @@ def resampling(channels: int, factor: float) -> nn.Module:
     return nn.ConvTranspose2d(channels, channels, kernel_size=factor, stride=factor)
 
 
-def resize(maps, size):
+def resize(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Bilinear, with corners aligned, as in the released code. maps: `(batch_size, channels, height, width)`."""
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def float32(tensor):
-    """No autocast here: bf16 holds three digits of a depth, too few to tell one pixel from the next."""
+def no_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """A context without autocast: bfloat16 has three significant digits, too few to tell neighbouring pixels apart."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
     """
-    Qwen3-VL with a depth head: `forward` answers in logits and in metres, `generate` in tokens and in metres.
+    Qwen3-VL with a depth head: `forward` returns logits and depth, `generate` tokens and depth.
 
-    Depth is of images; videos are Qwen3-VL's own, text only.
+    Depth is predicted for images; videos are processed as in Qwen3-VL, without depth.
     """
 
     config: DepthVLMConfig
@@ -332,7 +336,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     def __init__(self, config: DepthVLMConfig):
         config.validate_architecture()  # again: from_pretrained sets the fields it was given after construction
-        # not the parent's __init__: it would build the backbone a first time, and finish before there is a head
+        # not the parent's __init__, which builds a backbone of its own and runs post_init before the head exists
         super(Qwen3VLForConditionalGeneration, self).__init__(config)
         self.model = DepthVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -340,7 +344,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         self.post_init()
 
     def _init_weights(self, module):
-        """A new head starts as PyTorch initialises its layers, not as transformers does a language model's."""
+        """The head is initialised as PyTorch initialises its layers, the rest as in Qwen3-VL."""
         if module not in set(self.depth_head.modules()):
             super()._init_weights(module)
         elif hasattr(module, "reset_parameters"):
@@ -349,8 +353,8 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """
-        As transformers', but the depth head's weights must be there, and be read as they were trained: a new head is
-        for a plain Qwen3-VL alone.
+        As in transformers, with two more checks: only a plain Qwen3-VL gets a newly initialised depth head, and a
+        trained one is loaded with the feature source and the canonical focal length that it was trained with.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         head = {name for name in model.state_dict() if name.startswith("depth_head.")}
@@ -402,7 +406,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
         cache (`Cache`, *optional*): as `past_key_values`; upstream's name for it since transformers 5.24.
         output_depth (`bool`, defaults to `True`): whether to predict depth for the batch's images.
-        cameras (list of dict, one an image): the processor's, handed on to the output for post-processing.
+        cameras (list of dict, one per image): the processor's `cameras`, passed on for post-processing.
 
         ```python
         >>> inputs = processor(images=[photo], return_tensors="pt")
@@ -458,7 +462,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     def predict_depth(self, seen: DepthVLMSeen, cameras: list[dict] | None = None) -> tuple[torch.Tensor, ...]:
         """
-        Depth from what the backbone has seen (`DepthVLMModel.forward`): the head runs once per group of equal grids.
+        Depth from one backbone pass; the head runs once per group of images of one grid.
 
         Returns one float32 `(height, width)` per image, as `DepthVLMOutput.predicted_depth`. Raises `ValueError` where
         the processor made other grids than the vision tower was given.
@@ -600,27 +604,28 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
 def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """
-    SILog of one image, sqrt(mean d^2 - 0.5 mean(d)^2 + 1e-8) with d = ln prediction - ln label over labelled pixels.
+    SILog of one image (paper, eq. 4): sqrt(mean d^2 - 0.5 mean(d)^2 + 1e-8), d = ln prediction - ln label, over the
+    labelled pixels.
 
     prediction: `(height, width)`, positive. label: `(h, w)`, in the same unit, 0 = no label, at least one pixel
-    labelled. The prediction is resized to the label's size where they differ. Float32, whatever comes in.
+    labelled. The prediction is resized to the label's size where they differ. Computed in float32.
     """
     if prediction.shape != label.shape:
         prediction = resize(prediction[None, None], label.shape)[0, 0]
-    with float32(prediction):
+    with no_autocast(prediction):
         labelled = label > 0
         difference = prediction[labelled].float().log() - label[labelled].float().log()
         return torch.sqrt(difference.square().mean() - 0.5 * difference.mean().square() + 1e-8)
 
 
-def select_states(states, asked: bool | int | list[int] | None):
-    """Of all hidden states what `output_hidden_states` asked for; a list keeps its places, the others being None."""
-    if not asked:
+def select_states(states, selection: bool | int | list[int] | None):
+    """The hidden states that `output_hidden_states` selects; those not in a list of layers are None."""
+    if not selection:
         return None
-    if asked is True:
+    if selection is True:
         return states
-    places = [place % len(states) for place in ([asked] if isinstance(asked, int) else asked)]
-    return tuple(state if place in places else None for place, state in enumerate(states))
+    layers = [layer % len(states) for layer in ([selection] if isinstance(selection, int) else selection)]
+    return tuple(state if layer in layers else None for layer, state in enumerate(states))
 
 
 def first_of(camera: dict | list[dict]) -> dict:
@@ -629,7 +634,7 @@ def first_of(camera: dict | list[dict]) -> dict:
 
 
 def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras, output_depth):
-    """Refuse, in a sentence, image inputs that do not belong together."""
+    """Raise `ValueError` for image inputs that do not belong together."""
     if pixel_values is None:
         return
     if image_grid_thw is None:
@@ -640,7 +645,7 @@ def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras,
             "or output_depth=False"
         )
     if cameras is not None and len(cameras) != len(image_grid_thw):
-        raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one an image, or None")
+        raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one per image, or None")
     for camera in map(first_of, cameras or ()):
         sized_for = camera.get("canonical_focal_length", config.canonical_focal_length)
         if sized_for != config.canonical_focal_length:

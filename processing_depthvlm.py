@@ -1,9 +1,9 @@
 """DepthVLM's processor: a photo becomes tokens at a known focal length; depth becomes metres at the photo's own size.
 
-The way there: every photo is resized once, to the size that it would have had, had it been taken with the canonical
-focal length f_c, rounded to whole tokens and kept within a budget of pixels. The way back: a network that believes in
-f_c sees a scene, processed at focal length f_p, at depth * f_c / f_p; so metres = prediction * f_p / f_c, and a
-training label is metres * f_c / f_p (paper, section 3.3, and metric compensation).
+Preprocessing resizes every photo once, to the size that it would have at the canonical focal length f_c, rounded to
+whole tokens and kept within a budget of pixels (paper, section 3.3, eq. 6). A network that assumes f_c sees a scene,
+processed at focal length f_p, at depth * f_c / f_p; so metres = prediction * f_p / f_c, and a training label is
+metres * f_c / f_p (metric compensation).
 """
 
 import math
@@ -28,7 +28,7 @@ DEPTH_PROMPT = (
 DEPTH_RESPONSE = "OK, I will estimate the depth map of this image."
 
 MAX_ASPECT_RATIO = 30
-# of Qwen3-VL's call what concerns text; photos are sized, turned and normalised by the processor's own settings
+# arguments of Qwen3-VL's call that concern text; how photos are resized and normalised is the processor's matter
 TEXT_ARGUMENTS = frozenset(TextKwargs.__annotations__) | {
     "text_kwargs",
     "common_kwargs",
@@ -36,7 +36,7 @@ TEXT_ARGUMENTS = frozenset(TextKwargs.__annotations__) | {
     "return_mm_token_type_ids",
     "return_text_replacement_offsets",
 }
-# what it takes besides, for photos that it sizes itself
+# and those that concern photos, which are Qwen3-VL's without focal normalization
 VISION_ARGUMENTS = {*ImagesKwargs.__annotations__, *VideosKwargs.__annotations__, "images_kwargs", "videos_kwargs"}
 
 warn_of_untested_transformers()  # a processor can be loaded without the model
@@ -214,18 +214,15 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         # what the image processor makes of each of the 256 values in each channel
         side = patch * merge * math.ceil(16 / (patch * merge))
         ramp = np.resize(np.arange(256, dtype=np.uint8), (side, side, 1)).repeat(3, axis=2)
-        values = self.image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="np")["pixel_values"]
-        values = values.reshape(-1, 3, frames, patch**2)[:, :, 0]
-        index = patchify(ramp, patch, merge)[0].reshape(values.shape)
-        table = np.empty((3, 256), np.float32)
-        for channel in range(3):
-            table[channel, index[:, channel]] = values[:, channel]
-        index = patches.reshape(len(patches), 3, 1, -1)
+        values = self.image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="pt")["pixel_values"]
+        table = torch.empty(3 * 256)
+        table[channel_index(torch.from_numpy(patchify(ramp, patch, merge)[0]))] = values.unflatten(1, (3, frames, -1))[
+            :, :, 0
+        ]
         if isinstance(patches, np.ndarray):
-            pixels = np.stack([table[channel][index[:, channel]] for channel in range(3)], axis=1)
-            return pixels.repeat(frames, axis=2).reshape(len(patches), -1)
-        table = torch.from_numpy(table).to(patches.device)
-        pixels = torch.stack([table[channel][index[:, channel].int()] for channel in range(3)], dim=1)
+            return self.normalize_patches(torch.from_numpy(patches)).numpy()
+        index = channel_index(patches)
+        pixels = table.to(patches.device).index_select(0, index.flatten()).view(len(patches), 3, 1, -1)
         return pixels.expand(-1, -1, frames, -1).reshape(len(patches), -1)
 
     def depth_text(self) -> str:
@@ -308,13 +305,13 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             )
         if target_sizes is None:
             target_sizes = [camera["size"] for camera in cameras]
-        if len(target_sizes) != len(depths):
-            raise ValueError(
-                f"got {len(target_sizes)} target_sizes for {len(depths)} depth maps; pass one per photo, or None"
-            )
+        if isinstance(target_sizes, numbers.Number) or len(target_sizes) != len(depths):
+            count = 1 if isinstance(target_sizes, numbers.Number) else len(target_sizes)
+            raise ValueError(f"got {count} target_sizes for {len(depths)} depth maps; pass one per photo, or None")
         for size in target_sizes:
-            if np.shape(size) != (2,) or min(size) < 1:
-                raise ValueError(f"target_sizes holds {size}; pass (height, width) in px, one per photo")
+            sides = np.asarray(size)
+            if sides.shape != (2,) or sides.dtype.kind not in "iu" or sides.min() < 1:
+                raise ValueError(f"target_sizes holds {size!r}; pass (height, width) in whole px, one per photo")
         results = []
         for depth, camera, size in zip(depths, cameras, target_sizes, strict=True):
             metres = depth[None, None].float() * camera["metric_scale"]
@@ -332,16 +329,18 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
         Returns `(height, width, 3)`, float32: x right, y down, z forward (OpenCV camera frame), in metres.
         """
-        depth = torch.as_tensor(depth, dtype=torch.float32)
-        if depth.ndim != 2:
-            raise ValueError(f"depth has shape {tuple(depth.shape)}; pass one (height, width) map")
+        depth = to_map(depth, "depth")
         height, width = depth.shape
         fx, fy = focal_length if isinstance(focal_length, tuple) and len(focal_length) == 2 else [focal_length] * 2
         if not all(is_number(focal) and 0 < focal < math.inf for focal in (fx, fy)):
             raise ValueError(
                 f"focal_length is {focal_length!r}; it must be a positive number of px at the map's size, or (fx, fy)"
             )
-        cx, cy = ((width - 1) / 2, (height - 1) / 2) if principal_point is None else principal_point
+        if principal_point is None:
+            principal_point = (width - 1) / 2, (height - 1) / 2
+        if np.shape(principal_point) != (2,) or not np.isfinite(principal_point).all():
+            raise ValueError(f"principal_point is {principal_point!r}; pass (cx, cy) in px of the map, or None")
+        cx, cy = principal_point
         columns = torch.arange(width, dtype=torch.float32, device=depth.device) - cx
         rows = torch.arange(height, dtype=torch.float32, device=depth.device) - cy
         return torch.stack([columns * depth / fx, rows[:, None] * depth / fy, depth], dim=-1)
@@ -395,17 +394,17 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
     def _check_placeholders(self, text, num_images, images=None):
         rows = [text] if isinstance(text, str) else text
-        found = [row.count(self.image_token) for row in rows]
-        if sum(found) != num_images:
+        counts = [row.count(self.image_token) for row in rows]
+        if sum(counts) != num_images:
             raise ValueError(
-                f"text has {sum(found)} {self.image_token} placeholders for {num_images} images; write one an image"
+                f"text has {sum(counts)} {self.image_token} placeholders for {num_images} images; write one per image"
             )
         if isinstance(images, (list, tuple)) and len(images) == len(rows):
             given = [len(flatten(row, "images")) for row in images]
             # a flat list says nothing of rows; a nested one does
-            if any(isinstance(row, (list, tuple)) for row in images) and given != found:
+            if any(isinstance(row, (list, tuple)) for row in images) and given != counts:
                 raise ValueError(
-                    f"text has {found} {self.image_token} placeholders a row for {given} images a row; nest them alike"
+                    f"text has {counts} {self.image_token} placeholders per row for {given} images; nest them alike"
                 )
 
 
@@ -458,6 +457,12 @@ def patchify(image: np.ndarray, patch: int, merge: int) -> tuple[np.ndarray, tup
     return patches.reshape(rows * columns, -1), (1, rows, columns)
 
 
+def channel_index(patches: torch.Tensor) -> torch.Tensor:
+    """`(num_patches, 3 * n)` 8-bit values -> `(num_patches, 3, n)`, value + 256 * channel."""
+    offsets = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=patches.device)
+    return patches.unflatten(1, (3, -1)).int() + offsets[:, None]
+
+
 def per_image(values, num_images: int, name: str) -> list:
     """One value per image, from one for all, a list, an array or None."""
     if not isinstance(values, (list, tuple)) and not getattr(values, "ndim", 0):
@@ -474,20 +479,26 @@ def flatten_values(values):
         yield from flatten_values(value) if isinstance(value, list) else (value,)
 
 
+def to_map(depth, name: str) -> torch.Tensor:
+    """A `(height, width)` map as a float32 tensor, from an array, a tensor or nested lists."""
+    try:
+        if isinstance(depth, torch.Tensor):
+            depth = depth.detach().float()
+        else:
+            depth = torch.from_numpy(np.asarray(depth).astype(np.float32, casting="same_kind"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {str(depth)[:200]!r}; pass a (height, width) array of metres") from error
+    if depth.ndim != 2 or 0 in depth.shape:
+        raise ValueError(f"{name} has shape {tuple(depth.shape)}; pass one (height, width) map in metres")
+    return depth
+
+
 def depth_label(depth, camera: dict, name: str) -> torch.Tensor:
     """A depth map in metres, or None -> its label on the processed grid, as the canonical camera sees it."""
     height, width = camera["processed_size"]
     if depth is None:
         return torch.zeros(height, width)
-    try:
-        if isinstance(depth, torch.Tensor):
-            depth = depth.detach().cpu().float()
-        else:
-            depth = torch.from_numpy(np.array(depth, dtype=np.float32))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} is {str(depth)[:200]!r}; pass a (height, width) array of metres, or None") from error
-    if depth.ndim != 2 or 0 in depth.shape:
-        raise ValueError(f"{name} has shape {tuple(depth.shape)}; pass one (height, width) map in metres")
+    depth = to_map(depth, name).cpu()
     ratio = depth.shape[1] / depth.shape[0] * camera["size"][0] / camera["size"][1]
     if not 0.95 < ratio < 1.05:
         raise ValueError(
