@@ -11,6 +11,7 @@ Stage 1 trains the depth head alone, with SILog; stage 2 the language model too,
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -19,16 +20,11 @@ from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 from training.data import Collator, DataArguments, EvalSamples, TrainingStream
+from training.plan import dry_run, set_length, shares, total_rows, warnings
 from training.questions import RetentionWatch, score_questions
 from training.trainer import DepthSFTConfig, DepthSFTTrainer, EpochCallback, freeze
 
 logger = logging.get_logger(__name__)
-
-NO_INSTRUCTIONS = (
-    "the language model is trained on depth rows alone. People who did so report that the model then answers every "
-    "question with the depth prompt's response: add a data set of kind instruction or qa to `datasets`, and watch "
-    "`canned_depth_replies` with retention_steps"
-)
 
 
 def peft_config(model_args: ModelConfig, trains: list[str]) -> PeftConfig | None:
@@ -91,8 +87,17 @@ def save(trainer: DepthSFTTrainer) -> None:
 
 
 def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: ModelConfig) -> None:
+    adapters = peft_config(model_args, training_args.trains)
+    if training_args.dry_run is not None:
+        return dry_run(data_args, training_args, model_args, adapters)
     output = Path(training_args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+
+    # Plan
+    (mix,) = broadcast_object_list([shares(data_args) if training_args.process_index == 0 else None])
+    set_length(training_args, mix)
+    for sentence in warnings(data_args, training_args, mix):
+        logger.warning(sentence)
 
     # Model
     checkpoint = training_args.resume_from_checkpoint
@@ -107,8 +112,6 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
     rank, world_size = training_args.process_index, training_args.world_size
     train_dataset = TrainingStream(data_args, training_args.seed, rank, world_size, output / "unreadable.jsonl")
     eval_dataset = EvalSamples(data_args) if data_args.eval_datasets else None
-    if training_args.trains != ["depth_head"] and all(source.kind == "depth" for source in data_args.datasets):
-        logger.warning(NO_INSTRUCTIONS)
 
     # Training
     trainer = DepthSFTTrainer(
@@ -118,8 +121,9 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
         eval_dataset=eval_dataset,
         data_collator=Collator(processor, data_args.max_pixels),
         processing_class=processor,
-        peft_config=peft_config(model_args, training_args.trains),
-        callbacks=[EpochCallback(None)],
+        peft_config=adapters,
+        rows={share.label: share.rows for share in mix},
+        callbacks=[EpochCallback(total_rows(mix))],
     )
     if training_args.retention_steps:
         trainer.add_callback(RetentionWatch(trainer, data_args, training_args.retention_steps))
