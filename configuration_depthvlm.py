@@ -1,6 +1,7 @@
 """Configuration of DepthVLM: a Qwen3-VL with a depth head. The only channel by which the model is configured."""
 
 import copy
+import difflib
 import math
 
 import transformers
@@ -12,6 +13,14 @@ from transformers.utils import logging
 TESTED_TRANSFORMERS = ("5.19.0", "5.24.0")  # the oldest and the newest; requirements.txt and Makefile say the same
 
 HEAD_TYPES = ("dpt", "dpt_original", "mlp", "mlp_multiscale")
+DEPTH_FIELDS = (
+    "depth_head_type",
+    "depth_feature_source",
+    "depth_head_widths",
+    "depth_head_channels",
+    "depth_llm_layers",
+    "canonical_focal_length",
+)
 FEATURE_SOURCES = ("vit+llm", "vit", "llm")
 REMOTE_CODE = {
     "AutoConfig": "configuration_depthvlm.DepthVLMConfig",
@@ -76,6 +85,9 @@ class DepthVLMConfig(Qwen3VLConfig):
             text = self.text_config
             width = text.get("hidden_size") if isinstance(text, dict) else getattr(text, "hidden_size", None)
             self.vision_config = {"out_hidden_size": width or Qwen3VLTextConfig().hidden_size}
+        for name in kwargs:
+            if close := difflib.get_close_matches(name, DEPTH_FIELDS, n=1, cutoff=0.85):
+                raise ValueError(f"{name} is no field of the configuration; {close[0]} is meant, perhaps")
         # Where the code lies is a property of the class: whatever a loaded file said, a saved one says this
         kwargs |= {"auto_map": dict(REMOTE_CODE), "custom_pipelines": copy.deepcopy(PIPELINES)}
         super().__post_init__(**kwargs)

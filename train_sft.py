@@ -24,9 +24,11 @@ from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 from training.checkpoints import last_checkpoint, merge_adapters, register_code, save_example
-from training.data import Collator, DataArguments, EvalSamples, TrainingStream
-from training.plan import dry_run, set_length, shares, total_rows, warnings
+from training.data import DataArguments
+from training.encoding import Collator, Encoder
+from training.plan import dry_run, set_length, shares, warnings
 from training.questions import RetentionWatch, score_questions
+from training.stream import EvalSamples, TrainingStream
 from training.trainer import DepthSFTConfig, DepthSFTTrainer, EpochCallback, freeze
 
 logger = logging.get_logger(__name__)
@@ -104,12 +106,6 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
     output = Path(training_args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
 
-    # Plan
-    (mix,) = broadcast_object_list([shares(data_args) if training_args.process_index == 0 else None])
-    set_length(training_args, mix)
-    for sentence in warnings(data_args, training_args, mix):
-        logger.warning(sentence)
-
     # Model
     checkpoint = training_args.resume_from_checkpoint
     written = "trainer_state.json" if training_args.save_only_model else "data_position_0.json"
@@ -122,8 +118,16 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
 
     # Data
     rank, world_size = training_args.process_index, training_args.world_size
-    train_dataset = TrainingStream(data_args, training_args.seed, rank, world_size, output / "unreadable.jsonl")
-    eval_dataset = EvalSamples(data_args) if data_args.eval_datasets else None
+    encoder, log = Encoder(processor, training_args.max_length), output / "unreadable.jsonl"
+    batch_size = training_args.per_device_train_batch_size
+    train_dataset = TrainingStream(data_args, training_args.seed, rank, world_size, log, encoder, batch_size)
+    eval_dataset = EvalSamples(data_args, encoder, log) if data_args.eval_datasets else None
+
+    # Plan
+    mix = shares(train_dataset)
+    set_length(training_args, mix)
+    for sentence in warnings(data_args, training_args, mix):
+        logger.warning(sentence)
 
     # Training
     trainer = DepthSFTTrainer(
@@ -131,11 +135,11 @@ def main(data_args: DataArguments, training_args: DepthSFTConfig, model_args: Mo
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=Collator(processor, data_args.max_pixels),
+        data_collator=Collator(processor),
         processing_class=processor,
         peft_config=adapters,
         rows={share.label: share.rows for share in mix},
-        callbacks=[EpochCallback(total_rows(mix))],
+        callbacks=[EpochCallback(sum(share.rows for share in mix))],
     )
     if training_args.retention_steps:
         trainer.add_callback(RetentionWatch(trainer, data_args, training_args.retention_steps))

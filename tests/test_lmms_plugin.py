@@ -6,8 +6,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from test_processing import PlainProcessor, photo
 from test_train_script import start  # noqa: F401
 from tiny import ROOT
+from transformers import Qwen3VLForConditionalGeneration
 
 FOLDER = ROOT / "bench" / "lmms"
 
@@ -50,11 +52,6 @@ def plugin(monkeypatch):
         sys.modules.pop(name, None)
 
 
-class Processor:
-    def __init__(self, image_processor, tokenizer, video_processor, chat_template):
-        self.image_processor, self.tokenizer, self.chat_template = image_processor, tokenizer, chat_template
-
-
 def test_entry_point_names_the_class(plugin):
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     project = tomllib.loads((FOLDER / "pyproject.toml").read_text())
@@ -69,13 +66,29 @@ def test_entry_point_names_the_class(plugin):
 
 def test_loads_the_checkpoint_with_its_own_code(plugin, start, monkeypatch):  # noqa: F811
     module = importlib.import_module("depthvlm_lmms")
-    monkeypatch.setattr(module, "Qwen3VLVideoProcessor", SimpleNamespace)  # needs torchvision; only handed on
-    monkeypatch.setattr(module, "Qwen3VLProcessor", Processor)
     plugged = module.DepthVLM(start, device="cpu", batch_size="2")
     assert type(plugged.model).__name__ == "DepthVLMForConditionalGeneration" and not plugged.model.training
     assert "transformers_modules" in type(plugged.model).__module__ and plugged.model.dtype == torch.bfloat16
     assert plugged.batch_size_per_gpu == 2 and plugged.device_map == "cpu"
-    assert type(plugged.processor) is Processor and plugged.processor.chat_template
+    assert type(plugged.processor).__name__ == "DepthVLMProcessor" and plugged.processor.chat_template
+
+
+def test_photos_and_answers_are_the_base_models(plugin, start):  # noqa: F811
+    """lmms-eval's own call, on photos that it has sized: what Qwen3-VL's processor and model make of it."""
+    plugged = importlib.import_module("depthvlm_lmms").DepthVLM(start, device="cpu")
+    plain = PlainProcessor(
+        plugged.processor.image_processor, plugged.processor.tokenizer, chat_template=plugged.processor.chat_template
+    )
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many chairs?"}]}]
+    texts = [plugged.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)]
+    asked = {"text": texts, "images": [photo(96, 64)], "videos": None, "video_metadata": None}
+    asked |= {**plugged._build_video_kwargs(), "do_sample_frames": False, "do_resize": False, "return_tensors": "pt"}
+    ours, theirs = plugged.processor(**asked), plain(**asked)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    base = Qwen3VLForConditionalGeneration(plugged.model.config).to(torch.bfloat16).eval()
+    base.load_state_dict(plugged.model.state_dict(), strict=False)
+    settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": list(range(3, 8))}
+    assert torch.equal(plugged.model.generate(**ours, **settings), base.generate(**theirs, **settings))
 
 
 def test_unknown_argument_is_refused(plugin, start):  # noqa: F811

@@ -1021,10 +1021,14 @@ def test_fields_given_at_loading_are_checked_too(checkpoint, field, value):
         DepthVLMForConditionalGeneration.from_pretrained(checkpoint, **{field: value})
 
 
-def test_the_feature_source_can_be_given_at_loading(checkpoint):
-    loaded = DepthVLMForConditionalGeneration.from_pretrained(checkpoint, depth_feature_source="llm")
-    expected = models(source="llm")[0](**tiny_batch(RAGGED)).predicted_depth
-    assert_same_depth(loaded(**tiny_batch(RAGGED)).predicted_depth, expected)
+@pytest.mark.parametrize("field, value", [("depth_feature_source", "llm"), ("canonical_focal_length", 500.0)])
+def test_trained_weights_are_read_as_they_were_trained(checkpoint, field, value):
+    """Weights of these settings have the same shapes, so nothing but the stored configuration tells them apart."""
+    config = DepthVLMConfig.from_pretrained(checkpoint)
+    setattr(config, field, value)
+    for options in ({field: value}, {"config": config}):
+        with pytest.raises(ValueError, match=f"{field} is {value!r}, but the weights were trained with"):
+            DepthVLMForConditionalGeneration.from_pretrained(checkpoint, **options)
 
 
 def test_the_backbone_is_built_once(monkeypatch):
@@ -1037,6 +1041,85 @@ def test_the_backbone_is_built_once(monkeypatch):
     )
     DepthVLMForConditionalGeneration(tiny_config())
     assert len(built) == 1
+
+
+def test_depth_callback_runs_once_before_the_first_token(model):
+    batch, calls = tiny_batch(RAGGED), []
+
+    class Streamer:
+        def put(self, value):
+            calls.append(("tokens", tuple(value.shape)))
+
+        def end(self):
+            calls.append(("end",))
+
+    batch = tiny_batch([[(2, 3), (4, 2)]])
+    cameras = [{"number": 1}, {"number": 2}]
+    settings = SETTINGS | {"depth_callback": lambda depth: calls.append(("depth", depth)), "cameras": cameras}
+    tensor = model.generate(**batch, **settings, streamer=Streamer())
+    assert [call[0] for call in calls] == ["tokens", "depth", *["tokens"] * SETTINGS["max_new_tokens"], "end"]
+    assert_same_depth(calls[1][1].predicted_depth, model(**batch).predicted_depth)
+    assert calls[1][1].cameras == cameras
+    assert torch.equal(tensor, model.generate(**batch, **SETTINGS))  # without return_dict_in_generate: a tensor still
+    calls.clear()
+    generated = model.generate(**batch, **settings, return_dict_in_generate=True, num_beams=2)
+    ((_, depth),) = calls
+    assert_same_depth(generated.predicted_depth, depth.predicted_depth)
+    with pytest.raises(ValueError, match="depth_callback came with output_depth=False"):
+        model.generate(**batch, **settings, output_depth=False)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_cache_goes_on_whatever_ran_in_between(threads):
+    """
+    Qwen3-VL keeps the last prompt's M-RoPE offset on the model. Each conversation here has another offset, and another
+    prompt runs before each second turn; a fresh run over the whole conversation is the reference.
+    """
+    model = tiny_model().eval()
+    layouts = [[(2, 3)], [(6, 6)], [(1, 4), (5, 2)], []] * 3
+    failures = []
+
+    def converse(numbers):
+        with torch.no_grad():
+            for number in numbers:
+                batch = tiny_batch([layouts[number]], seed=number)
+                first = model.generate(**batch, **SETTINGS, return_dict_in_generate=True)
+                model.generate(**tiny_batch([[(3, 7)]], seed=99), **SETTINGS)
+                ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+                types = F.pad(batch["mm_token_type_ids"], (0, ids.shape[1] - batch["input_ids"].shape[1]))
+                whole = batch | {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
+                settings = SETTINGS | {"return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+                later = model.generate(input_ids=ids, **{CACHE: first[CACHE]}, **settings)
+                fresh = model.generate(**whole, **settings)
+                same = torch.equal(later.sequences, fresh.sequences)
+                near = all(torch.allclose(a, b, atol=1e-4) for a, b in zip(later.logits, fresh.logits, strict=True))
+                if not (same and near):
+                    failures.append(number)
+
+    workers = [threading.Thread(target=converse, args=(range(n, len(layouts), threads),)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not failures
+
+
+def test_cameras_tell_swapped_grids(model):
+    batch = tiny_batch([[(2, 3), (4, 2)]])
+    cameras = [{"processed_size": (2 * PIXELS, 3 * PIXELS)}, {"processed_size": (4 * PIXELS, 2 * PIXELS)}]
+    model(**batch, cameras=cameras)
+    swapped = batch | {"image_grid_thw": batch["image_grid_thw"][:, [0, 2, 1]]}
+    for run in (model, functools.partial(model.generate, **SETTINGS, return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match=r"image 0 has 96x64 px by image_grid_thw, but its camera says \(64, 96\)"):
+            run(**swapped, cameras=cameras)
+        with pytest.raises(ValueError, match="image 0 has 64x96"):
+            run(**batch, cameras=cameras[::-1])
+
+
+def test_8_bit_patches_are_refused(model):
+    batch = tiny_batch([[(2, 3)]])
+    with pytest.raises(ValueError, match="8-bit patches; pass processor.normalize_patches"):
+        model(**batch | {"pixel_values": batch["pixel_values"].byte()})
 
 
 def test_the_cache_has_two_names(model):

@@ -24,7 +24,7 @@ from PIL.TiffImagePlugin import IFDRational
 from scipy.ndimage import map_coordinates
 from tiny import ROOT, SPECIAL_TOKENS, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast, Qwen3VLProcessor
+from transformers import Qwen2TokenizerFast, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
@@ -59,22 +59,23 @@ def tokenizer():
     )
 
 
-def image_processor(shortest=TOKEN**2, longest=2**21):
+def image_processor(shortest=TOKEN**2, longest=2**21, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
     """As Qwen3-VL's, with a budget in pixels."""
     return Qwen2VLImageProcessorPil(
         patch_size=16,
         merge_size=2,
         temporal_patch_size=2,
         size={"shortest_edge": shortest, "longest_edge": longest},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
+        image_mean=list(mean),
+        image_std=list(std),
     )
 
 
 @pytest.fixture(scope="module")
 def make_processor(tokenizer):
-    def make(shortest=TOKEN**2, longest=2**21, **settings):
-        return DepthVLMProcessor(image_processor(shortest, longest), tokenizer, chat_template=CHAT_TEMPLATE, **settings)
+    def make(shortest=TOKEN**2, longest=2**21, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), **settings):
+        photos = image_processor(shortest, longest, mean, std)
+        return DepthVLMProcessor(photos, tokenizer, chat_template=CHAT_TEMPLATE, **settings)
 
     return make
 
@@ -435,6 +436,29 @@ def chat(processor, messages, **processor_kwargs):
     )
 
 
+def prompt(processor, messages, **processor_kwargs):
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
+    )
+
+
+def test_a_focal_length_beside_the_image_is_refused(processor):
+    for message in (
+        user(image_part(64, 48) | {"focal_length": 700}, "?"),
+        user(image_part(64, 48) | {"max_pixels": 4096}),
+    ):
+        for messages in ([message], [[message], [message]]):
+            refused(lambda m=messages: chat(processor, m), "would be ignored there; pass", error=TypeError)
+    messages = [user(image_part(64, 48), "?")]
+    refused(lambda: processor.apply_chat_template(messages, focal_length=700), "focal_length", error=TypeError)
+    refused(lambda: chat(processor, messages, focal_length=700), "focal_length cannot be set", error=TypeError)
+
+
 def test_chat_template_takes_focal_lengths_depth_maps_and_max_pixels(processor):
     messages = [user(image_part(64, 48), image_part(48, 64), "Compare them.")]
     depth = [np.full((48, 64), 2.0), None]
@@ -641,6 +665,104 @@ def test_one_resize_and_the_image_processors_own_pixels(processor, tokenizer, mo
     )
     assert set(batch) == {*plain, "cameras"}
     assert all(torch.equal(batch[name], plain[name]) for name in plain)
+
+
+# ---- Qwen3-VL's own sizes, 8-bit patches, pixels that are not square
+
+
+@pytest.mark.parametrize("size", [(224, 224), (640, 480), (2480, 3508), (33, 1700)], ids=str)
+def test_without_focal_normalization_a_photo_is_the_base_models(make_processor, tokenizer, model, size):
+    """Ids, pixels and logits of Qwen3-VL's own processor and model, bit for bit; metres by the assumed camera."""
+    processor, image = make_processor(), photo(*size)
+    question = [user({"type": "image", "image": image}, "What is this?")]
+    ours = chat(processor, question, focal_normalization=False)
+    plain = PlainProcessor(image_processor(), tokenizer, chat_template=CHAT_TEMPLATE)
+    theirs = chat(plain, question)
+    (camera,) = ours.pop("cameras")
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert camera["focal_length_source"] == "assumed"
+    _, rows, columns = theirs["image_grid_thw"][0].tolist()
+    assert camera["processed_size"] == (16 * rows, 16 * columns)
+    zoom = math.sqrt(16 * rows / size[1] * 16 * columns / size[0])
+    assert camera["metric_scale"] == pytest.approx(camera["focal_length"] * zoom / 1000)
+    if size[0] * size[1] < 10**6:
+        base = Qwen3VLForConditionalGeneration(model.config).eval()
+        base.load_state_dict(model.state_dict(), strict=False)
+        with torch.no_grad():
+            assert torch.equal(model(**ours, cameras=[camera]).logits, base(**theirs).logits)
+
+
+def test_a_processor_may_be_made_without_focal_normalization(make_processor, tokenizer):
+    """Then it takes what Qwen3-VL's takes, for programs that size photos by themselves."""
+    processor = make_processor(focal_normalization=False)
+    plain = PlainProcessor(image_processor(), tokenizer)
+    for settings in ({}, {"do_resize": False}, {"size": {"shortest_edge": 1024, "longest_edge": 4096}}):
+        arguments = {"images": [photo(96, 64)], "text": PLACEHOLDER, "return_tensors": "pt", "videos": None} | settings
+        ours, theirs = processor(**arguments), plain(**arguments)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    refused(lambda: processor(photo(96, 64), focal_length=90.0), "focal_length ", "focal_lengths", error=TypeError)
+
+
+@pytest.mark.parametrize("normalization", [True, False])
+def test_8_bit_patches_are_normalised_to_the_image_processors_bits(make_processor, normalization):
+    processor = make_processor(mean=[0.48, 0.46, 0.41], std=[0.27, 0.26, 0.28])
+    images = [photo(200, 150), photo(90, 70)]
+    settings = {"images": images, "focal_normalization": normalization, "return_tensors": "pt"}
+    floats, patches = processor(**settings), processor(**settings, uint8_patches=True)
+    assert patches["pixel_values"].dtype == torch.uint8
+    assert floats["pixel_values"].nbytes == 8 * patches["pixel_values"].nbytes
+    assert torch.equal(processor.normalize_patches(patches["pixel_values"]), floats["pixel_values"])
+    as_numpy = processor.normalize_patches(patches["pixel_values"].numpy())
+    assert as_numpy.dtype == np.float32 and np.array_equal(as_numpy, floats["pixel_values"].numpy())
+    for name in ("input_ids", "image_grid_thw"):
+        assert torch.equal(patches[name], floats[name])
+
+
+def test_pixels_that_are_not_square(processor):
+    """Each axis is resized by its own focal length, so that the processed photo is one of a canonical camera."""
+    (camera,) = processor(photo(640, 480), focal_lengths=[(500.0, 800.0)])["cameras"]
+    height, width = camera["processed_size"]
+    assert (width, height) == (round(640 * 2 / 32) * 32, round(480 * 1000 / 800 / 32) * 32)
+    assert camera["focal_length"] == (500.0, 800.0)
+    expected = math.sqrt(500 * width / 640 * 800 * height / 480) / 1000
+    assert camera["metric_scale"] == pytest.approx(expected) and 0.97 < expected < 1.03
+    depth = torch.full((480, 640), 3.0)
+    points = processor.to_point_cloud(depth, camera["focal_length"], (300.0, 200.0))
+    assert points[200, 300].tolist() == [0, 0, 3] and points[280, 350].tolist() == pytest.approx([0.3, 0.3, 3])
+
+
+# ---- a conversation that goes on
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 6])
+def test_follow_up_is_the_conversation_without_encoding_again(processor, model, monkeypatch, max_new_tokens):
+    """Against a fresh run over the whole conversation's ids; another photo's prompt runs in between."""
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    settings["suppress_tokens"] = processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS[3:]))
+    question = [user(image_part(200, 150), "How far is the chair?")]
+    inputs = prompt(processor, question)
+    first = model.generate(**inputs, **settings)
+    other = prompt(processor, [user(image_part(90, 300), "And?")])
+    model.generate(**other, **settings)
+    calls, encode = [], model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    following = processor.follow_up(first, "And the table?")
+    assert torch.equal(following["input_ids"][:, : first.sequences.shape[1]], first.sequences)
+    text = processor.decode(following["input_ids"][0, first.sequences.shape[1] - 1 :])
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nAnd the table?<|im_end|>\n<|im_start|>assistant\n")
+    assert text.count("<|im_end|>") == 2
+    second = model.generate(**following, **settings)
+    assert not calls and second.predicted_depth == ()
+    ids = following["input_ids"]
+    types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, ids.shape[1] - inputs["input_ids"].shape[1]))
+    whole = inputs | {"input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(second.sequences, model.generate(**whole, **settings).sequences)
+
+
+def test_follow_up_refuses(processor, model):
+    inputs = processor([photo(64, 48)] * 2, return_tensors="pt")
+    outputs = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
+    refused(lambda: processor.follow_up(outputs, "And?"), "2 sequences", "one conversation")
 
 
 SIZES = [(1, 1), (5, 3), (1, 30), (30, 1), (31, 11), (288, 100), (300, 10), (640, 480), (90, 2700), (3000, 2000)]
@@ -954,7 +1076,6 @@ def png_with_size(width, height):
 NOT_IMAGES = {
     "dict": {"url": "photo.jpg"},
     "number": 5,
-    "bytes": b"\x89PNG",
     "None": None,
     "set": {1},
 }
@@ -981,6 +1102,8 @@ UNUSABLE_IMAGES = {
     "negative integers in a PIL image": (Image.fromarray(np.full((8, 8), -3, np.int32)), "0"),
     "integers past 16 bits": (Image.fromarray(np.full((8, 8), 70000, np.int32)), "65535"),
     "objects": (np.full((8, 8), None), "object"),
+    "bytes of no image": (b"\x89PNG", "cannot identify"),
+    "channels first or last": (np.zeros((3, 64, 4), np.uint8), "(3, 64, 4)"),
     "missing file": ("no/such/photo.jpg", "no/such/photo.jpg"),
     "bfloat16 past 1": (torch.full((3, 8, 8), 1.5, dtype=torch.bfloat16), "0 to 1"),
 }
@@ -1244,24 +1367,24 @@ def test_pipeline_picture_is_the_depth_in_8_bits(pipe):
 def test_pipeline_takes_focal_length_and_max_pixels(pipe, model):
     image = photo(80, 50)
     expected = explicit(pipe, image, focal_lengths=90.0, max_pixels=4096)
-    assert_depth(pipe(image, focal_length=90.0, max_pixels=4096), expected)
+    assert_depth(pipe(image, focal_lengths=90.0, max_pixels=4096), expected)
     # given once for all calls
     settled = DepthVLMPipeline(
-        model=model, processor=pipe.processor, task="depth-estimation", focal_length=90.0, max_pixels=4096
+        model=model, processor=pipe.processor, task="depth-estimation", focal_lengths=90.0, max_pixels=4096
     )
     assert_depth(settled(image), expected)
-    assert_depth(settled(image, focal_length=70.0), explicit(pipe, image, focal_lengths=70.0, max_pixels=4096))
+    assert_depth(settled(image, focal_lengths=70.0), explicit(pipe, image, focal_lengths=70.0, max_pixels=4096))
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_pipeline_batches_photos_of_different_sizes(pipe, batch_size):
     images = [photo(80, 50), photo(50, 90, seed=1), photo(96, 64, seed=2)]
-    results = pipe(images, focal_length=100.0, batch_size=batch_size)
+    results = pipe(images, focal_lengths=100.0, batch_size=batch_size)
     for image, result in zip(images, results, strict=True):
         assert_depth(result, explicit(pipe, image, focal_lengths=100.0))
 
 
 def test_pipeline_refuses(pipe):
-    refused(lambda: pipe(photo(80, 50), focal_lenght=90.0), "focal_lenght", "focal_length", error=TypeError)
+    refused(lambda: pipe(photo(80, 50), focal_length=90.0), "focal_length", "focal_lengths", error=TypeError)
     refused(lambda: pipe("no/such/photo.jpg"), "no/such/photo.jpg", "photo")
-    refused(lambda: pipe(photo(80, 50), focal_length=-1), "focal_lengths[0]", "positive")
+    refused(lambda: pipe(photo(80, 50), focal_lengths=-1), "focal_lengths[0]", "positive")

@@ -21,13 +21,16 @@ from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
-from .data import Collator, DataArguments, TrainingStream, row_counts
+from .data import DataArguments
+from .encoding import Encoder
+from .stream import TrainingStream
 from .trainer import DepthSFTConfig, freeze
 
 GIB = 2**30
 MOST_PASSES = 4  # over a data set in a run before a warning
 SAMPLES = 64  # looked at by a dry run
 SHOWN = 4  # of them, decoded and as pictures
+LITTLE_SHUFFLED = 16  # rows, in a dry run, which has no time to fill a large buffer
 TOKENS_MEASURED = 64
 BITS_4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and a float32 scale per 64 weights
 
@@ -40,52 +43,32 @@ NO_INSTRUCTIONS = (
 
 @dataclass
 class Share:
-    """One data set's part of a run. rows, passes: None where the data set's metadata do not state its rows."""
+    """One data set's part of a run: blocks are the least that is read at once, passes how often each row comes."""
 
     label: str
-    rows: int | None
-    shards: int
+    rows: int
+    blocks: int
     share: float
-    passes: float | None = None
+    passes: float = 0.0
 
 
-def shares(arguments: DataArguments) -> list[Share]:
-    """Rows, shards and share of the samples of each data set of the mix, from metadata alone."""
-    counts = [row_counts(source) for source in arguments.datasets]
-    weights = [source.weight for source in arguments.datasets]
-    if arguments.sampling == "rows":
-        if unknown := [s.label for s, (rows, _) in zip(arguments.datasets, counts, strict=True) if rows is None]:
-            raise ValueError(
-                f"sampling is rows, but the metadata of {', '.join(unknown)} do not state the number of rows; use "
-                "Parquet, or sampling: sets"
-            )
-        weights = [weight * rows for weight, (rows, _) in zip(weights, counts, strict=True)]
+def shares(stream: TrainingStream) -> list[Share]:
     return [
-        Share(source.label, rows, shards, weight / sum(weights))
-        for source, (rows, shards), weight in zip(arguments.datasets, counts, weights, strict=True)
+        Share(source.label, int(rows.sizes.sum()), len(rows.sizes), float(share))
+        for source, rows, share in zip(stream.arguments.datasets, stream.rows, stream.shares, strict=True)
     ]
-
-
-def total_rows(mix: list[Share]) -> int | None:
-    return None if any(share.rows is None for share in mix) else sum(share.rows for share in mix)
 
 
 def set_length(arguments: DepthSFTConfig, mix: list[Share]) -> None:
     """Set `max_steps` from `num_train_epochs`, and the passes over each data set from `max_steps`."""
-    rows = total_rows(mix)
     if arguments.max_steps <= 0:
         if not arguments.num_train_epochs > 0:
             raise ValueError("neither max_steps nor num_train_epochs is set; give one of them")
-        if rows is None:
-            unknown = ", ".join(share.label for share in mix if share.rows is None)
-            raise ValueError(
-                f"num_train_epochs is {arguments.num_train_epochs}, but the metadata of {unknown} do not state the "
-                "number of rows; give max_steps"
-            )
+        rows = sum(share.rows for share in mix)
         arguments.max_steps = math.ceil(arguments.num_train_epochs * rows / arguments.samples_per_step)
     samples = arguments.max_steps * arguments.samples_per_step
     for share in mix:
-        share.passes = share.share * samples / share.rows if share.rows else None
+        share.passes = share.share * samples / share.rows
 
 
 def warnings(data_args: DataArguments, training_args: DepthSFTConfig, mix: list[Share]) -> list[str]:
@@ -93,13 +76,13 @@ def warnings(data_args: DataArguments, training_args: DepthSFTConfig, mix: list[
     found = []
     readers = training_args.processes * max(training_args.dataloader_num_workers, 1)
     for share in mix:
-        if share.shards < readers:
+        if share.blocks < readers:
             found.append(
-                f"{share.label} has {share.shards} shards for {readers} readers ({training_args.processes} processes x "
-                f"{max(training_args.dataloader_num_workers, 1)} workers), so several read each shard; write more "
-                "shards, or lower dataloader_num_workers"
+                f"{share.label} has {share.blocks} blocks (shards, or row groups of Parquet) for {readers} readers "
+                f"({training_args.processes} processes x {max(training_args.dataloader_num_workers, 1)} workers), so "
+                "several read each block; write more and smaller ones, or lower dataloader_num_workers"
             )
-        if share.passes is not None and share.passes > MOST_PASSES:
+        if share.passes > MOST_PASSES:
             found.append(
                 f"each row of {share.label} is seen {share.passes:.1f} times; lower its weight or the length of the "
                 "run, or use sampling: rows"
@@ -283,16 +266,16 @@ def memory(
 # Samples
 
 
-def read_samples(data_args: DataArguments, collator: Collator, seed: int, number: int) -> list[tuple[dict, dict]]:
-    """The first samples of the run's mix, with little shuffling, each with the batch that it makes alone."""
-    few = dataclasses.replace(data_args, shuffle_buffer=min(data_args.shuffle_buffer, 16))
-    stream = TrainingStream(few, seed)
-    return [(sample, collator([sample])) for sample in itertools.islice(stream, number)]
+class KeepingEncoder(Encoder):
+    """Adds the sample itself to its row."""
+
+    def __call__(self, sample: dict) -> dict:
+        return super().__call__(sample) | {"sample": sample}
 
 
-def decoded(processor: DepthVLMProcessor, batch: dict) -> str:
-    """The batch's one row as text, in pieces that say whether they are prompt or answer."""
-    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+def decoded(processor: DepthVLMProcessor, row: dict) -> str:
+    """A row as text, in pieces that say whether they are prompt or answer."""
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
     lines = []
     for is_answer, piece in itertools.groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != -100):
         text = processor.tokenizer.decode([token for token, _ in piece])
@@ -341,45 +324,33 @@ def dry_run(
     data_args: DataArguments, training_args: DepthSFTConfig, model_args: ModelConfig, peft_config: PeftConfig | None
 ) -> None:
     """Print the report; pictures of depth labels go to `output_dir`/dry_run. Reads the model's config, no weights."""
-    mix = shares(data_args)
+    model_path = {"pretrained_model_name_or_path": model_args.model_name_or_path, "revision": model_args.model_revision}
+    config = DepthVLMConfig.from_pretrained(**model_path)
+    processor = DepthVLMProcessor.from_pretrained(**model_path, trust_remote_code=False)
+    few = dataclasses.replace(data_args, shuffle_buffer=min(data_args.shuffle_buffer, LITTLE_SHUFFLED))
+    size = training_args.per_device_train_batch_size
+    encoder = KeepingEncoder(processor, training_args.max_length)
+    stream = TrainingStream(few, training_args.seed, encoder=encoder, batch_size=size)
+
+    mix = shares(stream)
     set_length(training_args, mix)
-    samples = training_args.max_steps * training_args.samples_per_step
+    samples, rows = training_args.max_steps * training_args.samples_per_step, sum(share.rows for share in mix)
+    cells = [
+        [share.label, f"{share.rows:,}", f"{share.blocks:,}", f"{share.share:.2%}"]
+        + [f"{share.share * samples:,.0f}", f"{share.passes:.2f}"]
+        for share in mix
+    ]
+    print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
     print(
-        table(
-            ["data set", "rows", "shards", "share", "samples", "passes"],
-            [
-                [
-                    share.label,
-                    "?" if share.rows is None else f"{share.rows:,}",
-                    f"{share.shards:,}",
-                    f"{share.share:.2%}",
-                    f"{share.share * samples:,.0f}",
-                    "?" if share.passes is None else f"{share.passes:.2f}",
-                ]
-                for share in mix
-            ],
-        )
-    )
-    rows = total_rows(mix)
-    print(
-        f"\nglobal batch {training_args.samples_per_step} = {training_args.processes} processes x "
-        f"{training_args.per_device_train_batch_size} x {training_args.gradient_accumulation_steps} micro-batches; "
-        f"{training_args.max_steps:,} steps, {samples:,} samples"
-        + (f", {samples / rows:.2f} epochs of {rows:,} rows" if rows else "")
+        f"\nglobal batch {training_args.samples_per_step} = {training_args.processes} processes x {size} x "
+        f"{training_args.gradient_accumulation_steps} micro-batches; {training_args.max_steps:,} steps, {samples:,} "
+        f"samples, {samples / rows:.2f} epochs of {rows:,} rows"
     )
 
-    config = DepthVLMConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
-    processor = DepthVLMProcessor.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=False
-    )
-    read = read_samples(data_args, Collator(processor, data_args.max_pixels), training_args.seed, SAMPLES)
-    lengths = [batch["input_ids"].shape[1] for _, batch in read]
-    images = [
-        batch["image_grid_thw"].prod(-1) // config.vision_config.spatial_merge_size**2
-        for _, batch in read
-        if "image_grid_thw" in batch
-    ]
-    size = training_args.per_device_train_batch_size
+    read = list(itertools.islice(stream, SAMPLES))
+    lengths = [len(row["input_ids"]) for row in read]
+    merged = config.vision_config.spatial_merge_size**2
+    images = [row["image_grid_thw"].prod(-1) // merged for row in read if "image_grid_thw" in row]
     batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
     padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
     print(
@@ -402,13 +373,13 @@ def dry_run(
     rows = [[plan.engine, *(f"{number / GIB:.2f}" for number in row)] for plan, row in zip(plans, cells, strict=True)]
     print(table(header, rows))
 
-    for number, (sample, batch) in enumerate(read[:SHOWN]):
-        print(f"\nsample {number}, of {data_args.datasets[batch['row_sets'][0]].label}:")
-        print(decoded(processor, batch))
-        for index, label in enumerate(batch.get("depth_labels", [])):
-            if (label > 0).any():
+    for number, row in enumerate(read[:SHOWN]):
+        print(f"\nsample {number}, of {data_args.datasets[row['set']].label}:")
+        print(decoded(processor, row))
+        for index, label in enumerate(row["depth_labels"]):
+            if label is not None and (label > 0).any():
                 path = Path(training_args.output_dir) / "dry_run" / f"sample{number}_image{index}.png"
-                write_label_picture(path, sample["images"][index], label)
+                write_label_picture(path, row["sample"]["images"][index], label)
                 print(f"  depth label of image {index}: {path}")
 
     print()

@@ -36,8 +36,8 @@ from .checkpoints import (
     save_shards,
     save_without_weights,
 )
-from .data import TrainingStream
 from .loss import DEPTH_LOSSES, add_depth_loss
+from .stream import TrainingStream
 
 logger = logging.get_logger(__name__)
 
@@ -219,7 +219,7 @@ class DepthSFTTrainer(SFTTrainer):
         model: DepthVLMForConditionalGeneration,
         *args,
         train_dataset: TrainingStream,
-        rows: dict[str, int | None] | None = None,
+        rows: dict[str, int] | None = None,
         **kwargs,
     ):
         """rows: number of rows of each data set of the mix, by its label, for the log's `epochs/NAME`."""
@@ -227,8 +227,8 @@ class DepthSFTTrainer(SFTTrainer):
             model.depth_head.float()  # whatever the base is in
         head = {name: value.clone() for name, value in model.depth_head.state_dict().items()}
         # TRL takes none but the classes of `datasets`, of which it looks at the first sample
-        sample = functools.partial(itertools.islice, train_dataset, 1)
-        super().__init__(model, *args, train_dataset=datasets.IterableDataset.from_generator(sample), **kwargs)
+        sample = datasets.IterableDataset.from_generator(lambda: iter([{"images": []}]))
+        super().__init__(model, *args, train_dataset=sample, **kwargs)
         self.train_dataset, self.rows = train_dataset, rows or {}
         core = self.accelerator.unwrap_model(self.model)
         self.has_adapters = isinstance(core, PeftModel)
@@ -343,6 +343,8 @@ class DepthSFTTrainer(SFTTrainer):
         inputs = dict(inputs)
         row_sets, image_sets = inputs.pop("row_sets"), inputs.pop("image_sets")
         depth_labels = inputs.pop("depth_labels", [])
+        if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = self.processing_class.normalize_patches(inputs["pixel_values"])
         if not self.args.depth_weight:
             depth_labels = []
         labelled = [bool((label > 0).any()) for label in depth_labels]
@@ -452,13 +454,10 @@ class DepthSFTTrainer(SFTTrainer):
 
     def sizes(self) -> dict:
         """What must stay the same for the data to go on from a position."""
-        arguments = self.train_dataset.arguments
         return {
             "per_device_train_batch_size": self._train_batch_size,
             "seed": self.args.seed,
-            "shuffle_buffer": arguments.shuffle_buffer,
-            "sampling": arguments.sampling,
-            "datasets": [f"{source.label} ({source.split}, weight {source.weight})" for source in arguments.datasets],
+            "shuffle_buffer": self.train_dataset.arguments.shuffle_buffer,
         }
 
     def layout(self) -> dict[str, int]:
@@ -598,7 +597,7 @@ def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
     batch = collator(list(samples))
     batch["labels"][~torch.tensor(counts)] = -100
     if "depth_labels" in batch:
-        of_images = [counted for sample, counted in rows for _ in sample["images"]]
+        of_images = [counted for sample, counted in rows for _ in sample["depth_labels"]]
         batch["depth_labels"] = [
             label if counted else torch.zeros_like(label)
             for label, counted in zip(batch["depth_labels"], of_images, strict=True)
@@ -607,11 +606,11 @@ def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
 
 
 class EpochCallback(TrainerCallback):
-    """Counts epochs by rows, where their number is known; to Trainer, a stream's epoch is the whole run."""
+    """Counts epochs by rows; to Trainer, a stream's epoch is the whole run."""
 
-    def __init__(self, rows: int | None):
+    def __init__(self, rows: int):
         """rows: of all data sets together."""
         self.rows = rows
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step * args.samples_per_step / self.rows if self.rows else None
+        state.epoch = state.global_step * args.samples_per_step / self.rows

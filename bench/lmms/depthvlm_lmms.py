@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 from lmms_eval.models.chat.qwen3_vl import Qwen3_VL
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 class DepthVLM(Qwen3_VL):
@@ -42,14 +42,14 @@ class DepthVLM(Qwen3_VL):
         if model.config.model_type != "depthvlm":
             raise ValueError(f"{pretrained} is a {model.config.model_type}; use --model qwen3_vl for a plain Qwen3-VL")
         self._model, self._config = model.eval(), model.config
-        own = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True)
-        # lmms-eval resizes by itself, which DepthVLM's own processor refuses
-        self.processor = Qwen3VLProcessor(
-            own.image_processor, own.tokenizer, Qwen3VLVideoProcessor(), chat_template=own.chat_template
-        )
-        self._tokenizer, self._max_length = own.tokenizer, 2048
+        # lmms-eval sizes the photos by itself, as for Qwen3-VL
+        self.processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=True, focal_normalization=False)
+        self._tokenizer, self._max_length = self.processor.tokenizer, 2048
         self.batch_size_per_gpu, self.use_cache = int(batch_size), True
         self.min_pixels, self.max_pixels, self.total_pixels = min_pixels, max_pixels, None
         self.max_num_frames, self.fps = 32, None
         self.system_prompt, self.reasoning_prompt = system_prompt, None
         self.enable_thinking, self.interleave_visuals = None, False
+
+    def _build_video_kwargs(self) -> dict:
+        return {}
