@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,15 +13,33 @@ from types import SimpleNamespace
 
 import datasets
 import torch
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from accelerate.utils import save_fsdp_optimizer
+from peft import PeftModel
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
+from .checkpoints import (
+    EXAMPLE_DEPTH,
+    FROZEN,
+    TRAINED,
+    load_shards,
+    model_card,
+    restore_class_name,
+    save_shards,
+    save_without_weights,
+)
 from .loss import DEPTH_LOSSES, add_depth_loss
 from .stream import TrainingStream
+
+logger = logging.get_logger(__name__)
 
 PARTS = {
     "depth_head": "depth_head.",
@@ -195,14 +214,37 @@ class DepthSFTTrainer(SFTTrainer):
     share times loss is the loss of all.
     """
 
-    def __init__(self, *args, train_dataset: TrainingStream, rows: dict[str, int | None] | None = None, **kwargs):
+    def __init__(
+        self,
+        model: DepthVLMForConditionalGeneration,
+        *args,
+        train_dataset: TrainingStream,
+        rows: dict[str, int] | None = None,
+        **kwargs,
+    ):
         """rows: number of rows of each data set of the mix, by its label, for the log's `epochs/NAME`."""
+        if any(parameter.requires_grad for parameter in model.depth_head.parameters()):
+            model.depth_head.float()  # whatever the base is in
+        head = {name: value.clone() for name, value in model.depth_head.state_dict().items()}
         # TRL takes none but the classes of `datasets`, of which it looks at the first sample
         sample = datasets.IterableDataset.from_generator(lambda: iter([{"images": []}]))
-        super().__init__(*args, train_dataset=sample, **kwargs)
+        super().__init__(model, *args, train_dataset=sample, **kwargs)
         self.train_dataset, self.rows = train_dataset, rows or {}
         core = self.accelerator.unwrap_model(self.model)
-        core = core.get_base_model() if hasattr(core, "get_base_model") else core
+        self.has_adapters = isinstance(core, PeftModel)
+        core = core.get_base_model() if self.has_adapters else core
+        if getattr(core, "is_loaded_in_4bit", False):  # TRL has rounded all that is trained to bfloat16
+            for parameter in core.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+            if "depth_head" in self.args.trains:
+                core.depth_head.modules_to_save["default"].load_state_dict(head)
+        low = {parameter.dtype for parameter in core.parameters() if parameter.requires_grad} - {torch.float32}
+        if low and not (self.is_fsdp_enabled and self.args.bf16):  # there, accelerate makes float32 masters
+            logger.warning(
+                f"weights are trained in {', '.join(map(str, low))}, which rounds small updates away; leave dtype out "
+                "for float32 masters (with bf16: true the computation stays in bfloat16), or use FSDP2 or use_peft"
+            )
         trained = [name for name, parameter in core.named_parameters() if parameter.requires_grad]
         self.trains_text = any("depth_head." not in name for name in trained)
         add_depth_loss(core, self.trains_text, self.args.depth_losses)
@@ -223,6 +265,12 @@ class DepthSFTTrainer(SFTTrainer):
         }
         self.sums = {mode: self.empty_sums(mode) for mode in self.set_names}
         self.refused_rows = {}  # data set -> rows read and refused on all ranks
+        self.frozen_saved = False  # of a run in shards, which writes them once
+        if self.saves_shards and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy is {self.args.hub_strategy.value}, but checkpoints in shards (fsdp_state_dict_type "
+                "SHARDED_STATE_DICT) are no repository; set hub_strategy to end, or FULL_STATE_DICT"
+            )
         self.start_counting()
 
     def empty_sums(self, mode: str) -> torch.Tensor:
@@ -406,21 +454,80 @@ class DepthSFTTrainer(SFTTrainer):
 
     def sizes(self) -> dict:
         """What must stay the same for the data to go on from a position."""
-        arguments = self.train_dataset.arguments
         return {
             "per_device_train_batch_size": self._train_batch_size,
             "seed": self.args.seed,
-            "shuffle_buffer": arguments.shuffle_buffer,
-            "sampling": arguments.sampling,
-            "datasets": [f"{source.label} ({source.split}, weight {source.weight})" for source in arguments.datasets],
+            "shuffle_buffer": self.train_dataset.arguments.shuffle_buffer,
         }
 
     def layout(self) -> dict[str, int]:
         return {"world_size": self.args.world_size, "dataloader_num_workers": self.args.dataloader_num_workers}
 
+    # Saving
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        if self.is_world_process_zero():
+            self.save_card(self.args.output_dir)
+
+    def save_card(self, folder: str | Path) -> None:
+        name = self.args.hub_model_id or Path(self.args.output_dir).name
+        model_card(self, name, (Path(folder) / EXAMPLE_DEPTH).exists()).save(Path(folder) / "README.md")
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether a checkpoint holds each rank's part of the trained weights, and the run's folder the frozen ones."""
+        if not self.is_fsdp_enabled or isinstance(self.model, PeftModel):
+            return False
+        return self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.saves_shards and self.args.should_save:  # Trainer would write nothing
+            save_without_weights(self.model, self.processing_class, output_dir or self.args.output_dir)
+            self.save_card(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir=None, state_dict=None):
         restore_class_name(self.model)
         super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            if isinstance(self.model, PeftModel):
+                save_without_weights(self.model, self.processing_class, output_dir)
+            self.save_card(output_dir or self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            save_without_weights(self.model, self.processing_class, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self.saves_shards:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        self.write_shards(Path(output_dir) / TRAINED, trained=True)
+        frozen = Path(self.args.output_dir) / FROZEN
+        if not self.frozen_saved:
+            self.write_shards(frozen, trained=False)
+            self.frozen_saved = True
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def write_shards(self, folder: Path, trained: bool) -> None:
+        """`save_shards` into a folder that has its name only when all ranks are done."""
+        unfinished = folder.with_suffix(".tmp")
+        if self.args.should_save:
+            for old in (folder, unfinished):
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        save_shards(self.model, unfinished, trained)
+        if self.args.should_save:
+            unfinished.rename(folder)
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.saves_shards:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_shards(self.model if model is None else model, Path(resume_from_checkpoint) / TRAINED)
 
     def _save_checkpoint(self, model, trial):
         start = time.perf_counter()
@@ -462,6 +569,7 @@ class DepthSFTTrainer(SFTTrainer):
                     f"{checkpoint} was made with {name} {position.get(name)}, now it is {value}; the data can go on "
                     "only with the same"
                 )
+        self.frozen_saved = (Path(self.args.output_dir) / FROZEN).is_dir()
         self.batches_done, self._total_train_tokens = position["batches_done"], position["num_tokens"]
         self.train_dataset.resume(
             self.batches_done, [worker for rank in sorted(ranks) for worker in ranks[rank]["positions"]]
@@ -497,19 +605,12 @@ def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
     return batch
 
 
-def restore_class_name(model: torch.nn.Module) -> None:
-    """FSDP2 gives a model a class of torch's own, whose name and file a save would state as the model's code."""
-    if isinstance(model, FSDPModule):
-        type(model).__name__ = DepthVLMForConditionalGeneration.__name__
-        type(model).__module__ = DepthVLMForConditionalGeneration.__module__
-
-
 class EpochCallback(TrainerCallback):
-    """Counts epochs by rows, where their number is known; to Trainer, a stream's epoch is the whole run."""
+    """Counts epochs by rows; to Trainer, a stream's epoch is the whole run."""
 
-    def __init__(self, rows: int | None):
+    def __init__(self, rows: int):
         """rows: of all data sets together."""
         self.rows = rows
 
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step * args.samples_per_step / self.rows if self.rows else None
+        state.epoch = state.global_step * args.samples_per_step / self.rows
