@@ -24,8 +24,9 @@ class Encoder:
 
     def measure(self, sample: dict) -> float:
         """
-        The tokens that an opened sample will have, within a few percent, from its text and its images' headers; and
-        the decoders of JPEGs of which far fewer pixels are processed are asked for a half, a quarter or an eighth.
+        The number of tokens that an opened sample will have, roughly, from its text and its images' headers.
+
+        A JPEG that is processed at half its size or less is set to be decoded at a half, a quarter or an eighth.
         """
         texts = (part.get("text", "") for turn in sample["messages"] for part in turn["content"])
         tokens = sum(len(text.encode()) for text in texts) / BYTES_PER_TOKEN

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, float32, resize, silog_loss
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, no_autocast, resize, silog_loss
 
 DELTA1 = 1.25
 GRADIENT_SCALES = 4
@@ -26,7 +26,7 @@ def gradient_matching_loss(prediction: torch.Tensor, label: torch.Tensor) -> tor
     prediction: `(height, width)`, positive. label: `(height, width)`, in the same unit, 0 = no label. Differences count
     between neighbours that both have a label; the mean is over the labelled pixels of the scale.
     """
-    with float32(prediction):
+    with no_autocast(prediction):
         total = prediction.new_zeros((), dtype=torch.float32)
         for scale in range(GRADIENT_SCALES):
             depth, metres = (maps[:: 2**scale, :: 2**scale].float() for maps in (prediction, label))
