@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from bench.sources.procedural.source import render
 from training.data import DataArguments, open_sample, read_sample, row_counts
 from training.encoding import Encoder
 from training.folder import RGBDFolder
+from training.rows import ParquetRows
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = [("What is it?", "a room"), ("Sure?", "yes")]
@@ -171,6 +173,15 @@ def test_every_container_is_what_the_file_is(root, tmp_path):
         {"path": "json", "data_files": {"train": str(root / "llava.jsonl")}, **here},
     ):
         assert_same(encoded(**entry), expected)
+
+
+def test_parquet_is_read_where_it_lies(root):
+    """Through `fsspec`, as files of the Hub are: here from memory."""
+    fsspec.filesystem("memory").pipe("/rows.parquet", (root / "llava_reference.parquet").read_bytes())
+    rows = ParquetRows(["memory://rows.parquet"], ("messages", "images", "points"))
+    assert rows.columns == ["messages", "images"] and rows.sizes.tolist() == [ROWS]
+    assert rows.read(0)[1]["images"][0]["bytes"] == picture(1)
+    assert rows.name(0, 1) == "memory://rows.parquet, row group 0, row 1"
 
 
 def test_mixed_contents_that_datasets_stores_as_json(root, tmp_path):

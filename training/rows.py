@@ -244,7 +244,7 @@ def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequ
     takes. Raises `ValueError` for a split that is not there.
     """
     local = Path(path)
-    if RGBDFolder.is_one(path):
+    if data_files is None and RGBDFolder.is_one(path):
         return FolderRows(path)
     if local.is_file():
         loader = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}.get(local.suffix)

@@ -26,10 +26,11 @@ from .rows import Rows
 
 logger = logging.get_logger(__name__)
 
-POOL = 16  # batches whose rows are opened ahead, to choose those of like length from
-PADDING = 0.05  # share of padding up to which a batch is as good as any
-PATIENCE = 16  # pools that may be drawn before a row is used, however far from the others its length is
-OF_A_PASS = 8  # a pool holds at most this fraction of a pass over all data sets, and a row waits half a pass at most
+# Batches of like length are chosen from a pool of opened rows
+POOL_BATCHES = 16  # batches that it holds
+PASS_FRACTION = 8  # it holds at most an eighth of a pass over all data sets, so that no row is in it twice
+GOOD_PADDING = 0.05  # share of padding up to which one batch is as good as another
+PATIENCE = 16  # pools, or half a pass, that a row waits at most for others of its length
 REFUSED_AT_MOST = 100  # rows beyond those opened ahead, without a single one that can be used, before a reader gives up
 
 
@@ -163,7 +164,8 @@ class TrainingStream(torch.utils.data.IterableDataset):
 def newest(positions: Sequence) -> list[dict]:
     """The states of positions, without those from before the readers' number last changed."""
     states = [state for _, state in positions]
-    return [state for state in states if state["division"] == max(state["division"] for state in states)]
+    last = max((state["division"] for state in states), default=0)
+    return [state for state in states if state["division"] == last]
 
 
 class Passes:
@@ -265,9 +267,8 @@ class Reader:
         self.passes = [stream.passes(index, reader, readers, state) for index in range(len(stream.rows))]
         self.drawn, self.used, self.refused = (np.array(state[name]) for name in ("drawn", "used", "refused"))
         rows = sum(int(rows.sizes.sum()) for rows in stream.rows) // readers  # of a pass
-        self.pool_size = max(stream.batch_size, min(POOL * stream.batch_size, rows // OF_A_PASS))
-        if stream.batch_size == 1:
-            self.pool_size = 1
+        batches = POOL_BATCHES if stream.batch_size > 1 else 1
+        self.pool_size = max(stream.batch_size, min(stream.batch_size * batches, rows // PASS_FRACTION))
         self.patience = min(PATIENCE * self.pool_size, rows // 2)
         self.in_vain = 0  # rows refused since the last sample
         self.pool, self.group = self.open_again(state["pool"]), self.open_again(state["group"])
@@ -318,7 +319,7 @@ class Reader:
             first = max(oldest - size + 1, 0)
             start = first + int(padding[first : oldest + 1].argmin())
         else:
-            good = np.flatnonzero(padding <= max(PADDING, padding.min()))
+            good = np.flatnonzero(padding <= max(GOOD_PADDING, padding.min()))
             start = int(self.generator(number, 2).choice(good))
         self.group = self.pool[start : start + size]
         del self.pool[start : start + size]
