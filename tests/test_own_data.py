@@ -160,7 +160,6 @@ def test_every_container_is_what_the_file_is(root, tmp_path):
         write_pictures(tmp_path / name)
         (tmp_path / name / "train.jsonl").write_text("\r\n".join(["", *map(json.dumps, rows), ""]))
     (tmp_path / "bom.json").write_text(lines, encoding="utf-8-sig")
-    stored.to_csv(tmp_path / "other.csv")  # a format that is read by `load_dataset` alone
     here = {"image_root": str(root)}
     for entry in (
         {"path": str(tmp_path / "saved"), **here},
@@ -173,6 +172,13 @@ def test_every_container_is_what_the_file_is(root, tmp_path):
         {"path": "json", "data_files": {"train": str(root / "llava.jsonl")}, **here},
     ):
         assert_same(encoded(**entry), expected)
+
+
+def test_other_formats_are_read_by_load_dataset(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion\n1+1?,2\n2+2?,4\n")
+    for entry in ({"path": "csv", "data_files": str(tmp_path / "rows.csv")}, {"path": str(tmp_path)}):
+        answers = [row["labels"][row["labels"] != -100] for row in encoded(**entry)]
+        assert byte_processor().batch_decode(answers) == ["2<|im_end|>", "4<|im_end|>"]
 
 
 def test_parquet_is_read_where_it_lies(root):

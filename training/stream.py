@@ -209,13 +209,15 @@ class Passes:
         if self.offset == self.ends[-1]:
             self.step, self.offset = self.step + len(self.blocks), 0
             return self.arrange()
-        number, share = self.number(self.step), 0.0
+        number, sharing = self.number(self.step), []
+        start = number - self.reader
         if len(self.rows.sizes) < self.readers:
-            start = number - self.reader
             sharing = [other for other in range(start, start + self.readers) if self.block(other) == self.blocks[0]]
-            number, share = start, sharing.index(number) / len(sharing)
-        rows = np.random.default_rng([*self.seed, 1, number, self.blocks[0]]).permutation(self.ends[-1])
-        self.order, self.opened = np.roll(rows, -int(share * len(rows))), {}
+        place = start if sharing else number
+        rows = np.random.default_rng([*self.seed, 1, place, self.blocks[0]]).permutation(self.ends[-1])
+        if sharing:
+            rows = np.roll(rows, -(sharing.index(number) * len(rows) // len(sharing)))
+        self.order, self.opened = rows, {}
 
     def next(self) -> tuple[int, int]:
         """(block, row) of the next row."""
