@@ -175,10 +175,10 @@ def test_every_container_is_what_the_file_is(root, tmp_path):
 
 
 def test_other_formats_are_read_by_load_dataset(tmp_path):
-    (tmp_path / "rows.csv").write_text("prompt,completion\n1+1?,2\n2+2?,4\n")
+    (tmp_path / "rows.csv").write_text("prompt,completion\n1+1?,two\n2+2?,four\n")
     for entry in ({"path": "csv", "data_files": str(tmp_path / "rows.csv")}, {"path": str(tmp_path)}):
         answers = [row["labels"][row["labels"] != -100] for row in encoded(**entry)]
-        assert byte_processor().batch_decode(answers) == ["2<|im_end|>", "4<|im_end|>"]
+        assert byte_processor().batch_decode(answers) == ["two<|im_end|>", "four<|im_end|>"]
 
 
 def test_parquet_is_read_where_it_lies(root):
@@ -233,6 +233,7 @@ def test_images_stand_where_the_text_places_them():
     [
         ({"messages": [{"role": "user", "content": "1+1?"}]}, "without an answer of the assistant"),
         ({"text": "It was a dark night."}, "holds text but no messages, conversations or prompt and completion"),
+        ({"prompt": "1+1?", "completion": 2}, "completion is 2; it must be text or a list of messages"),
         ({"prompt": "<image>?", "completion": "no"}, "1 images are placed in the messages but 0 are given"),
         ({"messages": [{"role": "tool", "content": "7"}]}, "role is 'tool'; it must be system, user or assistant"),
         (

@@ -59,6 +59,8 @@ def turns(row: dict) -> Iterator[tuple[str, str | list]]:
             raise ValueError(f"the row holds {', '.join(row)} but no messages, conversations or prompt and completion")
         stored = []
         for name, role in (("prompt", "user"), ("completion", "assistant")):
+            if not isinstance(row[name], (str, list)):
+                raise ValueError(f"{name} is {row[name]!r}; it must be text or a list of messages")
             stored += [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
     for turn in stored:
         # Arrow fills the keys that a turn lacks with None

@@ -40,7 +40,7 @@ class Folder(Source):
         self.depth_range = 1 / self.depth_scale, GREATEST / self.depth_scale
 
     def frames(self, split: str) -> Iterator[Frame]:
-        self.own_splits(split)
+        self.official_splits(split)
         for name in self.folder.names:
             yield Frame(name, scene="")
 
