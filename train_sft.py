@@ -62,19 +62,19 @@ def quantization(model_args: ModelConfig):
 def load_model(model_args: ModelConfig) -> tuple[DepthVLMForConditionalGeneration, DepthVLMProcessor]:
     register_code()
     path, dtype = model_args.model_name_or_path, model_args.dtype or "float32"
-    options = {"revision": model_args.model_revision, "attn_implementation": model_args.attn_implementation}
+    hub, options = {"revision": model_args.model_revision}, {"attn_implementation": model_args.attn_implementation}
     if is_fsdp_enabled() and torch.distributed.get_rank():  # rank 0 reads the weights and sends the others theirs
-        config = DepthVLMConfig.from_pretrained(path, revision=model_args.model_revision)
+        config = DepthVLMConfig.from_pretrained(path, **hub)
         options["dtype"] = config.dtype if dtype == "auto" else getattr(torch, dtype)
         with no_init_weights():
             model = DepthVLMForConditionalGeneration._from_config(config, **options)
         model.tie_weights()
     else:
         model = DepthVLMForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, quantization_config=quantization(model_args), **options
+            path, dtype=dtype, quantization_config=quantization(model_args), **hub, **options
         )
     (model.generation_config,) = broadcast_object_list([model.generation_config])
-    return model, DepthVLMProcessor.from_pretrained(path, revision=model_args.model_revision, trust_remote_code=False)
+    return model, DepthVLMProcessor.from_pretrained(path, trust_remote_code=False, **hub)
 
 
 def save(trainer: DepthSFTTrainer, model_args: ModelConfig) -> None:

@@ -92,24 +92,30 @@ def last_checkpoint(output: Path) -> Path:
 # Weights in shards: each rank writes its part, as safetensors
 
 
-def save_shards(model: torch.nn.Module, folder: Path, trained: bool) -> None:
-    """Write the trained weights of a model that FSDP2 divides among ranks, or the frozen ones; all ranks call it."""
+def weights_of(model: DepthVLMForConditionalGeneration, trained: bool) -> dict[str, torch.Tensor]:
+    """This rank's part of the trained weights, or of the frozen ones; tied weights have one name."""
+    of_trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    return {
+        name: value
+        for name, value in get_model_state_dict(model).items()
+        if (name in of_trained) == trained and name not in model.all_tied_weights_keys
+    }
+
+
+def save_shards(model: DepthVLMForConditionalGeneration, folder: Path, trained: bool) -> None:
+    """Write `weights_of` a model that FSDP2 divides among ranks; all ranks call it."""
     from torch.distributed.checkpoint import HuggingFaceStorageWriter  # older supported versions of torch lack it
 
-    weights = get_model_state_dict(model)
-    of_trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
-    weights = {name: value for name, value in weights.items() if (name in of_trained) == trained}
-    dcp.save(weights, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    dcp.save(weights_of(model, trained), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
-def load_shards(model: torch.nn.Module, folder: Path) -> None:
-    """The reverse of `save_shards` with trained weights, for any number of ranks; all ranks call it."""
+def load_shards(model: DepthVLMForConditionalGeneration, folder: Path) -> None:
+    """Load trained weights that `save_shards` wrote, by any number of ranks; all ranks call it."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    weights = get_model_state_dict(model, options=options)
+    weights = weights_of(model, trained=True)
     dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))
-    set_model_state_dict(model, weights, options=options)
+    set_model_state_dict(model, weights, options=StateDictOptions(strict=False))
 
 
 def read_shards(folder: Path) -> dict[str, torch.Tensor]:

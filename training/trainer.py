@@ -201,7 +201,8 @@ def freeze(model: DepthVLMForConditionalGeneration, trains: list[str]) -> None:
             "trains has lm_head without language_model, but this model's LM head is the LLM's embedding; name both"
         )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(tuple(PARTS[part] for part in trains))
+        is_trained = name.startswith(tuple(PARTS[part] for part in trains))
+        parameter.requires_grad = is_trained and parameter.is_floating_point()  # of 4-bit weights, adapters are trained
 
 
 class DepthSFTTrainer(SFTTrainer):
@@ -266,7 +267,7 @@ class DepthSFTTrainer(SFTTrainer):
         self.sums = {mode: self.empty_sums(mode) for mode in self.set_names}
         self.refused_rows = {}  # data set -> rows read and refused on all ranks
         self.frozen_saved = False  # of a run in shards, which writes them once
-        if self.saves_shards and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
+        if self.in_shards and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy is {self.args.hub_strategy.value}, but checkpoints in shards (fsdp_state_dict_type "
                 "SHARDED_STATE_DICT) are no repository; set hub_strategy to end, or FULL_STATE_DICT"
@@ -474,20 +475,27 @@ class DepthSFTTrainer(SFTTrainer):
         model_card(self, name, (Path(folder) / EXAMPLE_DEPTH).exists()).save(Path(folder) / "README.md")
 
     @property
+    def in_shards(self) -> bool:
+        """Whether FSDP2 has each rank save its own part."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return plugin is not None and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+
+    @property
     def saves_shards(self) -> bool:
-        """Whether a checkpoint holds each rank's part of the trained weights, and the run's folder the frozen ones."""
-        if not self.is_fsdp_enabled or isinstance(self.model, PeftModel):
-            return False
-        return self.accelerator.state.fsdp_plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
+        """Whether checkpoints hold what `save_shards` writes; adapters are saved by accelerate."""
+        return self.in_shards and not isinstance(self.model, PeftModel)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if self.saves_shards and self.args.should_save:  # Trainer would write nothing
+        if self.in_shards and self.args.should_save:  # Trainer would write nothing
             save_without_weights(self.model, self.processing_class, output_dir or self.args.output_dir)
             self.save_card(output_dir or self.args.output_dir)
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir=None, state_dict=None):
         restore_class_name(self.model)
+        if state_dict is not None:  # gathered from all ranks, tied weights once under each of their names
+            tied = self.accelerator.unwrap_model(self.model).all_tied_weights_keys
+            state_dict = {name: value for name, value in state_dict.items() if name not in tied}
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             if isinstance(self.model, PeftModel):
