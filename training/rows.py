@@ -257,14 +257,15 @@ def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequ
         check_split(path, split, saved)
         return ArrowRows(saved[split], columns)
     builder = datasets.load_dataset_builder(path, name, data_files=data_files)
-    files = builder.config.data_files
-    if files is not None:
-        check_split(path, split, files)
+    check_split(path, split, builder.config.data_files)
+    files = [str(file) for file in builder.config.data_files[split]]
     if isinstance(builder, Parquet):
-        return ParquetRows([str(file) for file in files[split]], columns)
+        return ParquetRows(files, columns)
     if isinstance(builder, Json):
-        return JsonRows(datasets.DownloadManager().download_and_extract([str(file) for file in files[split]]))
-    return ArrowRows(datasets.load_dataset(path, name, split=split, data_files=data_files), columns)
+        return JsonRows(datasets.DownloadManager().download_and_extract(files))
+    # by the files, because by its name `load_dataset` may take what it has cached for another folder of that name
+    loader = type(builder).__module__.rpartition(".")[2]
+    return ArrowRows(datasets.load_dataset(loader, data_files={split: files}, split=split), columns)
 
 
 def check_split(path: str, split: str, splits) -> None:
