@@ -164,7 +164,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
                 size = self._processed_size(camera, max_pixels)[::-1]
                 photos[index] = photo.resize(size, Image.Resampling.BILINEAR)
         elif max_pixels is not None:
-            settings["size"] = {**self.image_processor.size, "longest_edge": self._budget(max_pixels)}
+            settings["size"] = {**dict(self.image_processor.size), "longest_edge": self._budget(max_pixels)}
         in_uint8 = focal_normalization or uint8_patches
         if in_uint8:
             settings |= {"do_rescale": False, "do_normalize": False}

@@ -46,7 +46,7 @@ class Skipped(ValueError):
 # A frame -> a row
 
 
-def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
+def make_row(source: type[Source] | Source, split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
     """A row of FEATURES without points, and its depth as stored, uint16 (h, w). Raises BadFrame."""
     if not re.fullmatch(r"[A-Za-z0-9_./-]+", frame.id):
         raise BadFrame(f"frame id {frame.id!r} has characters other than letters, digits and _./-")
@@ -76,7 +76,7 @@ def load_row(source: Source, split: str, frame: Frame) -> tuple[dict, np.ndarray
     """`make_row` of a frame as its source loads it. Raises BadFrame, at once for a frame with a problem."""
     if frame.problem:
         raise BadFrame(frame.problem)
-    return make_row(type(source), split, frame, source.load(frame))
+    return make_row(source, split, frame, source.load(frame))  # the source itself: a folder's has a scale of its own
 
 
 def encode_depth(depth: np.ndarray, depth_range: tuple[float, float], depth_scale: float, name: str) -> np.ndarray:
@@ -170,10 +170,11 @@ class SourceReader:
     keep_hidden: bool = False
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
-        row, words = load_row(_opened(self.source, self.raw, self.keep_hidden), self.split, frame)
+        source = _opened(self.source, self.raw, self.keep_hidden)
+        row, words = load_row(source, self.split, frame)
         if n_points:
             named = self.seed, self.source.name, frame.id
-            points = sampling.draw_points(words, self.source.depth_scale, image_size(row), n_points, *named)
+            points = sampling.draw_points(words, source.depth_scale, image_size(row), n_points, *named)
             row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
         return row, words
 

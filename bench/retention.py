@@ -11,16 +11,6 @@ from pathlib import Path
 
 from .arguments import positive
 
-PROMPTS = (
-    "Describe this image.",
-    "How many people are there?",
-    "What is the largest object made of?",
-    "Is this indoors or outdoors? Answer with one word.",
-    "Which colours do you see?",
-    "Is there any text in this image? If so, what does it say?",
-    "What would you find if you walked to the left?",
-    "Write a short title for this photo.",
-)
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # Qwen3-VL's own, and DepthVLM's as released, which keeps Qwen3-VL's name: text plays the same part in both
 MODEL_TYPES = ("depthvlm", "qwen3_vl")
@@ -92,23 +82,24 @@ def read_shards(shards: list[Path], limit: int) -> list[tuple[str, object, float
 
 
 def compare(base: str, tuned: str, photos: list[tuple], max_new_tokens: int = 64, device: str = "cpu") -> dict:
-    """Answers of both to all `PROMPTS` about all photos, shares of canned replies in them, and their agreement.
+    """Answers of both to all `RETENTION_QUESTIONS` about all photos, shares of canned replies, and agreement.
 
     base, tuned: folders or Hub ids. photos: as `read_photos` returns them. Raises ValueError for models whose
     tokenizers cannot be the same.
     """
     from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
+    from training.questions import RETENTION_QUESTIONS
 
     check_same_tokens(base, tuned)
     processor = DepthVLMProcessor.from_pretrained(tuned, trust_remote_code=False)
     rows = [
         {"image": image, "focal_length": focal_length, "question": question}
         for _, image, focal_length in photos
-        for question in PROMPTS
+        for question in RETENTION_QUESTIONS
     ]
     answers = {model: ask(model, processor, rows, max_new_tokens, device) for model in dict.fromkeys((base, tuned))}
     pairs = list(zip(answers[base], answers[tuned], strict=True))
-    named = [(name, question) for name, *_ in photos for question in PROMPTS]
+    named = [(name, question) for name, *_ in photos for question in RETENTION_QUESTIONS]
     return {
         "base": base,
         "tuned": tuned,

@@ -10,10 +10,12 @@ from transformers import Qwen2TokenizerFast, TrainerCallback
 
 from depthvlm.modeling_depthvlm import DepthVLMSeen
 from depthvlm.processing_depthvlm import DepthVLMProcessor
+from training.data import DataArguments
 from training.trainer import DepthSFTConfig, DepthSFTTrainer, freeze
 
 HEAD, ALL = ["depth_head"], ["language_model", "lm_head", "depth_head", "vision"]
 STAGE2 = ["language_model", "lm_head", "depth_head"]
+NO_INPUTS = ("labels", "depth_labels", "position", "row_sets", "image_sets")  # of a batch
 
 
 @functools.cache
@@ -32,7 +34,10 @@ def byte_processor():
 
 
 def make_batch(grids_per_row, labelled=(), seed=0, answers=True, label_size=None) -> dict:
-    """`tiny_batch` with labels for the last tokens of each row and depth labels for the images in `labelled`."""
+    """`tiny_batch` with labels for the last tokens of each row and depth labels for the images in `labelled`.
+
+    Rows belong to the data sets 0 and 1 in turns.
+    """
     batch = tiny_batch(grids_per_row, padding="right", seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     labels = batch["input_ids"].clone()
@@ -49,14 +54,32 @@ def make_batch(grids_per_row, labelled=(), seed=0, answers=True, label_size=None
         depth.append(metres if index in labelled else torch.zeros(size))
     if labelled:
         batch["depth_labels"] = depth
-    return batch | {"position": (0, 0, 0)}
+    sets = [row % 2 for row in range(len(grids_per_row))]
+    image_sets = [name for name, row in zip(sets, grids_per_row, strict=True) for _ in row]
+    return batch | {"position": (0, 0, 0), "row_sets": sets, "image_sets": image_sets}
+
+
+def some_rows(batch, grids_per_row, rows: slice) -> dict:
+    """The batch that these rows of it make, in tensors of the same width."""
+    first, last = (sum(map(len, grids_per_row[:row])) for row in rows.indices(len(grids_per_row))[:2])
+    images = slice(first, last)
+    patches = batch["image_grid_thw"].prod(-1).tolist()
+    out = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "mm_token_type_ids", "labels")}
+    out |= {"row_sets": batch["row_sets"][rows], "position": batch["position"]}
+    out |= {name: batch[name][images] for name in ("image_grid_thw", "image_sets", "depth_labels")}
+    return out | {"pixel_values": torch.cat(batch["pixel_values"].split(patches)[images])}
 
 
 class Batches(torch.utils.data.IterableDataset):
     """Stands in for the stream: its samples are batches."""
 
+    arguments = DataArguments(datasets=[{"path": "even"}, {"path": "odd"}], eval_datasets=[{"path": "held out"}])
+
     def __init__(self, batches):
         self.batches = batches
+
+    def bad_rows(self, positions):
+        return {}
 
     def __iter__(self):
         return ({"images": [], "batch": batch} for batch in self.batches)
@@ -116,7 +139,7 @@ def naive_losses(model, batches, beta=1.0, text=True):
     """
     tokens, token_count, images = 0.0, 0, []
     for batch in batches:
-        inputs = {key: batch[key] for key in batch if key not in ("labels", "depth_labels", "position")}
+        inputs = {key: batch[key] for key in batch if key not in NO_INPUTS}
         seen = DepthVLMSeen()
         logits = model.lm_head(model.model(**inputs, seen=seen, output_hidden_states=True).last_hidden_state)
         targets = batch["labels"][:, 1:]

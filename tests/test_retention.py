@@ -11,6 +11,7 @@ from tiny import TOKENS, plain_qwen
 from bench import retention
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE
+from training.questions import RETENTION_QUESTIONS
 
 
 def parse(*argv):
@@ -59,10 +60,10 @@ def test_depthvlm_and_its_plain_qwen_agree(start, photos, tmp_path, capsys):  # 
     args = parse(*options, "--limit", 2, "--max-new-tokens", 3, "--out", out)
     assert args.run(args) == 0
     record = json.loads(out.read_text())
-    assert record["questions"] == len(record["answers"]) == 3 * len(retention.PROMPTS)
+    assert record["questions"] == len(record["answers"]) == 3 * len(RETENTION_QUESTIONS)
     assert record["agreement_exact"] == record["agreement_normalised"] == 1
     assert record["canned_base"] == record["canned_tuned"] == 0
-    assert [answer["photo"] for answer in record["answers"][:: len(retention.PROMPTS)]] == [
+    assert [answer["photo"] for answer in record["answers"][:: len(RETENTION_QUESTIONS)]] == [
         str(photos / name) for name in ("0.png", "1.png", "0.png")
     ]
     assert "100.0% to the letter" in capsys.readouterr().out

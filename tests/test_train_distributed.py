@@ -9,7 +9,9 @@ import pytest
 import torch
 from fixed_batches import largest_difference, make_trainer, naive_gradients
 from tiny import tiny_model
-from train_distributed import DDP, FSDP, STEPS
+from train_distributed import DDP, FSDP, STEPS, WHOLE
+
+from training.trainer import SUMS
 
 HERE = Path(__file__).parent
 
@@ -55,6 +57,17 @@ def test_two_processes_train_like_one(results, tmp_path, case):
     one = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     two = [entry["loss"] for entry in results[case][1]]
     assert len(one) == STEPS and two == pytest.approx(one, abs=1e-5)
+
+
+def test_logged_losses_do_not_depend_on_the_number_of_processes(results, tmp_path):
+    trainer, _ = make_trainer(tiny_model(), WHOLE, tmp_path, max_steps=STEPS)
+    trainer.train()
+    one, *_ = trainer.state.log_history
+    two, *_ = results["one batch in halves"][1]
+    names = [name for name in one if name.split("/")[0] in {*SUMS, "loss"}]
+    assert len(names) == 5 + 2 * len(SUMS)
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-6)
+    assert two["loss"] == two["lm_loss"] + two["depth_loss"]
 
 
 @pytest.mark.parametrize("case", FSDP)

@@ -1,10 +1,26 @@
 """`DepthSFTTrainer` against the losses written out by hand: gradients, averages, what moves and what does not."""
 
+import math
+
 import pytest
 import torch
-from fixed_batches import ALL, HEAD, STAGE2, largest_difference, make_batch, make_trainer, naive_gradients, naive_losses
+from fixed_batches import (
+    ALL,
+    HEAD,
+    NO_INPUTS,
+    STAGE2,
+    largest_difference,
+    make_batch,
+    make_trainer,
+    naive_gradients,
+    naive_losses,
+    some_rows,
+)
 from peft import LoraConfig
 from tiny import tiny_model
+
+from depthvlm.modeling_depthvlm import DepthVLMSeen, silog_loss
+from training.loss import gradient_matching_loss, score
 
 BATCHES = [
     make_batch([[(2, 3)], [(2, 3), (1, 2)], []], labelled=(0, 2), seed=1),
@@ -50,6 +66,68 @@ def test_label_of_another_size(tmp_path):
     expected, *_ = naive_gradients(tiny_model(), [batch], STAGE2)
     gradients, _ = update(tmp_path, [batch])
     assert largest_difference(gradients, expected) < 1e-6
+
+
+def plain_gradient_matching(prediction, label) -> float:
+    """Ranftl et al. 2020, eq. 11, in log depth, one pixel after another."""
+    total = 0.0
+    for step in (1, 2, 4, 8):
+        height, width = label[::step, ::step].shape
+        residual = {
+            (row, column): math.log(
+                prediction[step * row, step * column].item() / label[step * row, step * column].item()
+            )
+            for row in range(height)
+            for column in range(width)
+            if label[step * row, step * column] > 0
+        }
+        differences = [
+            abs(residual[neighbour] - residual[row, column])
+            for row, column in residual
+            for neighbour in ((row + 1, column), (row, column + 1))
+            if neighbour in residual
+        ]
+        total += sum(differences) / max(len(residual), 1)
+    return total
+
+
+def test_gradient_matching_equals_the_formula():
+    generator = torch.Generator().manual_seed(0)
+    prediction, label = torch.rand(2, 19, 23, generator=generator) * 9 + 0.5
+    assert gradient_matching_loss(prediction, label).item() == pytest.approx(
+        plain_gradient_matching(prediction, label), rel=1e-5
+    )
+    label[torch.rand(label.shape, generator=generator) < 0.4] = 0
+    prediction.requires_grad_()
+    loss = gradient_matching_loss(prediction, label)
+    assert loss.item() == pytest.approx(plain_gradient_matching(prediction, label), rel=1e-5)
+    loss.backward()
+    assert prediction.grad.isfinite().all() and not prediction.grad[label == 0].any()
+    assert gradient_matching_loss(3 * label.clamp(min=0.1), label) < 1e-6  # a common factor costs nothing
+
+
+def test_two_depth_terms_in_training_and_evaluation(tmp_path):
+    """Both branches, with and without gradients, and the update's gradients, against the terms summed by hand."""
+    losses = {"silog": 1.0, "gradient_matching": 0.3}
+    reference, batch = tiny_model(), BATCHES[0]
+    seen = DepthVLMSeen()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values")}
+    reference.model(**inputs, image_grid_thw=batch["image_grid_thw"], seen=seen)
+    pairs = [
+        (reference.depth_head(features, grid)[0], label)
+        for (features, grid), label in zip(reference.depth_features(seen), batch["depth_labels"], strict=True)
+        if label.any()
+    ]
+    expected = sum(silog_loss(*pair) + 0.3 * gradient_matching_loss(*pair) for pair in pairs) / len(pairs)
+    expected.backward()
+    wanted = {name: p.grad for name, p in reference.named_parameters() if name.startswith("depth_head.")}
+    gradients, logged = update(tmp_path, [batch], HEAD, depth_losses=losses)
+    assert largest_difference(gradients, wanted) < 1e-6
+    assert logged["depth_loss"] == pytest.approx(expected.item(), abs=1e-6)
+    with torch.no_grad():
+        assert score(*pairs[0], losses)[0] == pytest.approx(
+            (silog_loss(*pairs[0]) + 0.3 * gradient_matching_loss(*pairs[0])).item(), abs=1e-6
+        )
 
 
 def test_untied_lm_head(tmp_path):
@@ -101,7 +179,7 @@ def test_without_images_or_answers(tmp_path, batch):
 def test_stage_1_leaves_text_alone(tmp_path):
     model = tiny_model()
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    inputs = {k: BATCHES[0][k] for k in BATCHES[0] if k not in ("labels", "depth_labels", "position")}
+    inputs = {k: BATCHES[0][k] for k in BATCHES[0] if k not in NO_INPUTS}
     logits = model(**inputs).logits
     trainer, _ = make_trainer(model, BATCHES[:2], tmp_path, HEAD, max_steps=2, optim="adamw_torch", weight_decay=0.1)
     lm_head_calls = []
@@ -160,6 +238,59 @@ def test_trl_metrics_are_kept(tmp_path):
     _, logged = update(tmp_path, BATCHES)
     expected = {"entropy", "mean_token_accuracy", "num_tokens", "lm_loss", "depth_loss", "delta1", "abs_rel"}
     assert expected | {"images_per_second"} <= logged.keys()
+
+
+GRIDS = [[(2, 3)], [(2, 2), (1, 2)], [(3, 2)], [(1, 3)]]
+WHOLE = make_batch(GRIDS, labelled=(0, 1, 3, 4), seed=9)
+LOSSES = ("loss", "lm_loss", "depth_loss", "delta1", "abs_rel")
+
+
+@pytest.mark.parametrize("rows", [4, 2, 1])
+def test_logged_losses_do_not_depend_on_the_split(tmp_path, rows):
+    """One update of four rows in one, two or four micro-batches, against the losses by hand; its data sets add up."""
+    batches = [some_rows(WHOLE, GRIDS, slice(start, start + rows)) for start in range(0, 4, rows)]
+    _, logged = update(tmp_path, batches, depth_weight=0.7)
+    text, depth = (value.item() for value in naive_losses(tiny_model(), [WHOLE]))
+    assert logged["lm_loss"] == pytest.approx(text, abs=1e-6) and logged["depth_loss"] == pytest.approx(depth, abs=1e-6)
+    assert logged["loss"] == logged["lm_loss"] + 0.7 * logged["depth_loss"]
+    for share, names in (("lm_share", ["lm_loss"]), ("depth_share", ["depth_loss", "delta1", "abs_rel"])):
+        assert sum(logged[f"{share}/{name}"] for name in ("even", "odd")) == pytest.approx(1, abs=1e-9)
+        for metric in names:
+            of_sets = [logged[f"{share}/{name}"] * logged[f"{metric}/{name}"] for name in ("even", "odd")]
+            assert sum(of_sets) == pytest.approx(logged[metric], abs=1e-9)
+
+
+def test_losses_of_a_data_set_are_those_of_its_rows_alone(tmp_path):
+    _, logged = update(tmp_path, [WHOLE])
+    for name, rows in (("even", (0, 2)), ("odd", (1, 3))):
+        parts = [some_rows(WHOLE, GRIDS, slice(row, row + 1)) for row in rows]
+        text, depth = (value.item() for value in naive_losses(tiny_model(), parts))
+        assert logged[f"lm_loss/{name}"] == pytest.approx(text, abs=1e-6)
+        assert logged[f"depth_loss/{name}"] == pytest.approx(depth, abs=1e-6)
+    assert logged["depth_share/even"] == 2 / 4  # images 0 and 3 of the labelled four
+
+
+def test_logged_losses_of_several_updates_are_their_means(tmp_path):
+    """At learning rate 0; the second update has no depth, which counts as a depth loss of 0, but as no accuracy."""
+    batches = [WHOLE, make_batch([[], []], seed=3)]
+    arguments = {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "gradient_accumulation_steps": 1}
+    trainer, _ = make_trainer(tiny_model(), batches, tmp_path, **arguments)
+    trainer.train()
+    logged, final = trainer.state.log_history
+    losses = [[value.item() for value in naive_losses(tiny_model(), [batch])] for batch in batches]
+    _, alone = update(tmp_path, [WHOLE], learning_rate=0.0)
+    assert logged["lm_loss"] == pytest.approx((losses[0][0] + losses[1][0]) / 2, abs=1e-6)
+    assert logged["depth_loss"] == pytest.approx(losses[0][1] / 2, abs=1e-6)
+    assert logged["delta1"] == pytest.approx(alone["delta1"], abs=1e-9)
+    assert logged["loss"] == pytest.approx(final["train_loss"], abs=1e-6)  # Trainer's own sum of what was propagated
+
+
+def test_rates(tmp_path):
+    _, logged = update(tmp_path, [WHOLE])
+    mask = WHOLE["attention_mask"]
+    assert logged["padding_share"] == pytest.approx(1 - mask.sum().item() / mask.numel(), abs=1e-4)
+    assert logged["tokens_per_second"] / logged["images_per_second"] == pytest.approx(mask.sum().item() / 5, rel=0.02)
+    assert 0 <= logged["data_wait_share"] < 1
 
 
 def test_refusals(tmp_path):

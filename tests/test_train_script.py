@@ -21,10 +21,11 @@ from torch.distributed.utils import _apply_to_tensors
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
-from train_sft import last_checkpoint, main
+from train_sft import main
+from training.checkpoints import last_checkpoint, restore_class_name
 from training.data import DataArguments
 from training.questions import RetentionWatch, is_right
-from training.trainer import DepthSFTConfig, restore_class_name
+from training.trainer import DepthSFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -104,7 +105,7 @@ def test_killed_run_resumes_to_the_bit(start, data, tmp_path):
     run.send_signal(signal.SIGKILL)
     run.wait()
     (killed / "checkpoint-99999").mkdir()  # as of a save that was cut short: passed over
-    step = int(last_checkpoint(killed, 1).name.split("-")[1])
+    step = int(last_checkpoint(killed).name.split("-")[1])
     assert step < 16
     assert launch(arguments(start, data, killed, **steps), "--resume_from_checkpoint", "last").wait(timeout=200) == 0
     expected, resumed = losses(whole / "checkpoint-16"), losses(killed / "checkpoint-16")

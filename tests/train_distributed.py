@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from tiny import tiny_model
-from fixed_batches import ALL, HEAD, STAGE2, make_batch, make_trainer
+from fixed_batches import ALL, HEAD, STAGE2, make_batch, make_trainer, some_rows
 from trl.trainer.utils import add_fused_lm_head
 
 from training.loss import add_depth_loss
@@ -27,6 +27,9 @@ FEWER = [make_batch([[(3, 2)], []], labelled=(0,), seed=10 + i) for i in range(S
 UNLABELLED = [make_batch([[(2, 2)], [(1, 3)]], seed=20 + i) for i in range(STEPS)]
 TEXT = [make_batch([[], [], []], seed=30 + i) for i in range(STEPS)]
 SILENT = [make_batch([[(2, 2)]], labelled=(0,), seed=40 + i, answers=False) for i in range(STEPS)]
+GRIDS = [[(2, 3)], [(2, 2), (1, 2)], [(3, 2)], [(1, 3)]]
+WHOLE = [make_batch(GRIDS, labelled=(0, 1, 3, 4), seed=50 + i) for i in range(STEPS)]
+HALVES = [[some_rows(batch, GRIDS, rows) for batch in WHOLE] for rows in (slice(0, 2), slice(2, 4))]
 
 # case -> (what trains, batches of rank 0, batches of rank 1, further arguments)
 DDP = {
@@ -40,6 +43,7 @@ DDP = {
     "text only, nothing searched": (ALL, FULL, TEXT, {"ddp_find_unused_parameters": False}),
     "no answers on a rank": (STAGE2, FULL, SILENT, {}),
     "nothing labelled anywhere": (STAGE2, TEXT, UNLABELLED, {}),
+    "one batch in halves": (STAGE2, *HALVES, {}),
 }
 FSDP = {  # case -> (what trains, tied embeddings, batch of rank 0, batch of rank 1)
     "fsdp tied": (STAGE2, True, FULL[0], FEWER[0]),
@@ -73,7 +77,8 @@ def fsdp(trains, tied, batches, rank):
     )
     model = fsdp2_prepare_model(accelerator, model)
     inputs = {**batches[rank], "fused_lm_head": True}
-    del inputs["position"]
+    for name in ("position", "row_sets", "image_sets"):
+        del inputs[name]
     labels = inputs.pop("depth_labels", [])
     tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
     images = sum(label.any() for batch in batches for label in batch.get("depth_labels", ()))

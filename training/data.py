@@ -1,52 +1,69 @@
-"""Training data: rows of `load_dataset` -> conversations with images and depth maps -> batches.
+"""What is trained on: arguments, and rows -> samples.
 
-A *row* is as stored, images still encoded. A *sample* is a conversation ready for the processor:
+A *row* is as stored (`rows.py`), images still encoded. `open_sample` makes a sample of it, with images that are opened
+but not decoded, and `load_sample` finishes it: a conversation with images and depth maps, ready for the processor.
 
-    {"messages": [{"role": ..., "content": ...}, ...], "images": [PIL image, ...],
+    {"messages": [{"role": ..., "content": ...}, ...], "images": [PIL image, ...], "max_pixels": budget or None,
      "focal_lengths": [px of the image or None, ...], "depth_maps": [(h, w) in metres or None, ...]}
 """
 
-import itertools
-import json
+import base64
+import collections
+import dataclasses
+import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
-import datasets
 import numpy as np
-import torch
-from PIL import Image, ImageEnhance
-from transformers.utils import logging
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
 
+from depthvlm.photos_depthvlm import exif_focal_length
 from depthvlm.processing_depthvlm import DEPTH_PROMPT, DEPTH_RESPONSE, SYSTEM_PROMPT
 
-logger = logging.get_logger(__name__)
+from .folder import EXIF, inside
+from .instructions import COLUMNS, FORMS, read_conversation
+from .rows import Rows, open_rows
 
 KINDS = ("depth", "qa", "instruction")
-ROWS_BEFORE_STOP = 100  # read by a worker before its share of unreadable rows is judged
-READ_AT_ONCE = 16  # rows of a shard that are turned from Arrow into Python together
+SAMPLINGS = ("sets", "rows")
+DEPTH_COLUMNS = ("id", "image", "depth", "depth_scale", "depth_type", "fx", "qa")
+SHARED = ("max_pixels", "flip", "color_jitter", "focal_jitter")  # of a data set, else of all
 
 
 @dataclass
 class DataSource:
     """One data set of the mix.
 
-    path, name, split: as for `load_dataset`. weight: its share of the samples, relative to the others'.
-    kind: `"depth"`, a DepthVLM-Bench row becomes the paper's prompt and response; `"qa"`, it becomes a conversation of
-    all its questions, in an order drawn anew each time; `"instruction"`, columns `messages` and `images` as they are.
+    path, name, split, data_files: as for `load_dataset`; path may also be a folder of `save_to_disk`, a .json, .jsonl
+    or .parquet file, or a folder with rgb/, depth/ and camera.json (`folder.py`).
+    label: its name in logs; default: name, or the last part of path. weight: its share of the samples, relative to the
+    others'.
+    kind: `"depth"`, a DepthVLM-Bench row or a frame of a folder becomes the paper's prompt and response; `"qa"`, a
+    DepthVLM-Bench row becomes a conversation of all its questions, in an order drawn anew each time; `"instruction"`,
+    conversations in any of the forms of `instructions.py`.
+    image_root: folder that paths of images start from and do not leave; default: path, where it is a folder.
     depth_on_qa: whether a qa row's depth map is learnt from as well, in the same pass.
-    max_canonical_edge: longest side, in px at a focal length of 1000 px, that is kept of a photo, around its centre;
+    max_canonical_edge: longest side, in px at a focal length of 1000 px, that is kept of an image, around its centre;
     the card of a build states it for the sets that need one.
+    max_pixels, flip, color_jitter, focal_jitter: as in `DataArguments`, for this data set alone.
     """
 
     path: str
     name: str | None = None
     split: str = "train"
+    data_files: str | list | dict | None = None
+    label: str | None = None
     weight: float = 1.0
     kind: str = "depth"
+    image_root: str | None = None
     depth_on_qa: bool = False
     max_canonical_edge: float | None = None
+    max_pixels: int | None = None
+    flip: bool | None = None
+    color_jitter: float | None = None
+    focal_jitter: float | None = None
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -58,18 +75,26 @@ class DataSource:
         if not self.weight > 0:
             raise ValueError(f"weight of data set {self.path!r} is {self.weight}; leave it out or give it more than 0")
 
-    def open(self) -> datasets.IterableDataset:
-        """The rows as a stream, images left encoded, so that one that is broken does not end it."""
-        rows = datasets.load_dataset(self.path, self.name, split=self.split, streaming=True).decode(False)
-        needed = {"messages", "images"} if self.kind == "instruction" else {"image", "depth", "depth_scale", "fx"}
-        if self.kind == "qa":
-            needed.add("qa")
-        if missing := needed - set(rows.column_names):
+    @cached_property
+    def root(self) -> str | None:
+        return self.path if self.image_root is None and Path(self.path).is_dir() else self.image_root
+
+    def open(self) -> Rows:
+        """The rows, in blocks; of their columns those that the kind may need."""
+        rows = open_rows(self.path, self.name, self.split, self.data_files, self.columns)
+        needed = {"image", "depth", "depth_scale", "fx"} | ({"qa"} if self.kind == "qa" else set())
+        forms = FORMS if self.kind == "instruction" else (needed,)
+        if len(rows.sizes) and not any(form <= set(rows.columns) for form in forms):
+            missing = " or ".join(", ".join(sorted(form - set(rows.columns))) for form in forms)
             raise ValueError(
-                f"data set {self.path!r} ({self.name}) has no column {', '.join(sorted(missing))}, which kind "
-                f"{self.kind!r} needs; it has {', '.join(rows.column_names)}"
+                f"data set {self.path!r} ({self.name}) has no column {missing}, which kind {self.kind!r} needs; "
+                f"it has {', '.join(rows.columns)}"
             )
         return rows
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return COLUMNS if self.kind == "instruction" else DEPTH_COLUMNS
 
 
 @dataclass
@@ -79,8 +104,14 @@ class DataArguments:
     datasets: list[DataSource] = field(default_factory=list, metadata={"help": "the mix, a list of mappings in YAML"})
     eval_datasets: list[DataSource] = field(default_factory=list, metadata={"help": "held-out data, likewise"})
     max_eval_samples: int = field(default=500, metadata={"help": "first rows of each held-out data set"})
+    sampling: str = field(
+        default="sets",
+        metadata={
+            "help": "sets: data sets in equal shares; rows: in proportion to their rows; both times their weight"
+        },
+    )
     shuffle_buffer: int = field(default=200, metadata={"help": "rows of each data set that are shuffled together"})
-    max_pixels: int | None = field(default=None, metadata={"help": "budget for a processed photo; the processor's"})
+    max_pixels: int | None = field(default=None, metadata={"help": "budget for a processed image; the processor's"})
     max_bad_share: float = field(default=0.01, metadata={"help": "share of unreadable rows past which training stops"})
     flip: bool = field(default=False, metadata={"help": "mirror depth samples, half of them, at random"})
     color_jitter: float = field(default=0.0, metadata={"help": "brightness, contrast, saturation within 1 +- this"})
@@ -89,101 +120,185 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for mix in (self.datasets, self.eval_datasets):
-            mix[:] = [DataSource(**entry) if isinstance(entry, dict) else entry for entry in mix]
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"sampling is {self.sampling!r}; it must be one of {', '.join(SAMPLINGS)}")
+        for mix_name in ("datasets", "eval_datasets"):
+            mix = [
+                data_source(entry, f"{mix_name}[{index}]") if isinstance(entry, dict) else dataclasses.replace(entry)
+                for index, entry in enumerate(getattr(self, mix_name))
+            ]
+            setattr(self, mix_name, mix)
+            set_labels(mix)
+            for source in mix:
+                for name in SHARED:
+                    if getattr(source, name) is None:
+                        # what is held out is never augmented
+                        shared = self if mix_name == "datasets" or name == "max_pixels" else type(self)
+                        setattr(source, name, getattr(shared, name))
+
+
+def data_source(entry: dict, place: str) -> DataSource:
+    known = [known.name for known in dataclasses.fields(DataSource)]
+    if unknown := entry.keys() - set(known):
+        raise ValueError(f"{place} has unknown key {', '.join(sorted(unknown))}; the keys are {', '.join(known)}")
+    if "path" not in entry:
+        raise ValueError(f"{place} has no path; give what `load_dataset` takes, a folder or a file")
+    return DataSource(**entry)
+
+
+def set_labels(mix: list[DataSource]) -> None:
+    """Give each data set that states no label one of its own."""
+    stated = [source.label for source in mix if source.label is not None]
+    if len(set(stated)) < len(stated):
+        raise ValueError(f"two data sets have the same label among {', '.join(stated)}; give each its own")
+    for form in ("{name}", "{name}-{kind}", "{name}-{kind}-{number}"):
+        proposed = [
+            source.label or form.format(name=source.name or Path(source.path).stem, kind=source.kind, number=number)
+            for number, source in enumerate(mix)
+        ]
+        counts = collections.Counter(proposed)
+        for source, name in zip(mix, proposed, strict=True):
+            if counts[name] == 1:
+                source.label = name
+
+
+def row_counts(source: DataSource) -> tuple[int, int]:
+    """Rows of a data set, and the blocks that readers share among themselves, from its metadata: no row is read."""
+    sizes = source.open().sizes
+    return int(sizes.sum()), len(sizes)
 
 
 # A row -> a sample
 
 
-def read_sample(row: dict, source: DataSource, arguments: DataArguments, rng: np.random.Generator) -> dict:
+def read_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict:
     """Raises for a row that cannot be read, whatever a decoder raises."""
+    return load_sample(open_sample(row, source, rng), source, rng)
+
+
+def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict:
+    """A sample with images whose pixels are still to be decoded, a depth map that is still a row's, and no crop yet."""
     if source.kind == "instruction":
-        images = [decode(image) for image in row["images"] or []]
-        messages = [{"role": turn["role"], "content": parts(turn["content"])} for turn in row["messages"]]
-        if not any(turn["role"] == "assistant" for turn in messages):
-            raise ValueError("a conversation without an answer of the assistant teaches nothing")
-        placed = sum(part["type"] == "image" for turn in messages for part in turn["content"])
-        if images and not placed:  # as TRL does: images without a place go before the first question
-            first = next(turn for turn in messages if turn["role"] == "user")
-            first["content"] = [{"type": "image"}] * len(images) + first["content"]
-        elif placed != len(images):
-            raise ValueError(f"{placed} images are placed in the messages but {len(images)} are given")
+        messages, images = read_conversation(row)
+        images = [open_image(image, source.root) for image in images]
         return {
             "messages": messages,
             "images": images,
             "focal_lengths": [None] * len(images),
             "depth_maps": [None] * len(images),
+            "max_pixels": source.max_pixels,
         }
-    if row.get("depth_type", "z") != "z":
+    if (row.get("depth_type") or "z") != "z":
         raise ValueError(f"depth_type is {row['depth_type']!r}; training needs z-depth")
-    image = decode(row["image"])
-    depth, focal_length = None, row["fx"]
-    if not (math.isfinite(focal_length) and focal_length > 0):
+    image, focal_length, zoom = open_image(row["image"], source.root), row["fx"], 1.0
+    if focal_length == EXIF:
+        focal_length = exif_focal_length(image)
+        if focal_length is None:
+            raise ValueError("the image's EXIF data state no focal length; give px in camera.json")
+    if not (isinstance(focal_length, (int, float)) and math.isfinite(focal_length) and focal_length > 0):
         raise ValueError(f"fx is {focal_length} px; it must be above 0")
-    if source.kind == "depth" or source.depth_on_qa:
-        depth = read_depth(row)
-    if source.max_canonical_edge is not None:
-        image, depth = crop(image, depth, source.max_canonical_edge * focal_length / 1000)
     if source.kind == "qa":
         pairs = list(zip(row["qa"]["question"], row["qa"]["answer"], strict=True))
         if not pairs:
             raise ValueError("no question")
-        turns = [pairs[i] for i in rng.permutation(len(pairs))]
+        questions = [pairs[i] for i in rng.permutation(len(pairs))]
     else:
-        turns = [(DEPTH_PROMPT, DEPTH_RESPONSE)]
-        if arguments.flip and rng.random() < 0.5:
-            image, depth = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), depth[:, ::-1].copy()
-        if arguments.focal_jitter:
+        questions = [(DEPTH_PROMPT, DEPTH_RESPONSE)]
+        if source.focal_jitter:
             # a picture of a camera with another focal length of a scene that is as many times further away
-            zoom = 1 + arguments.focal_jitter * rng.uniform(-1, 1)
-            focal_length, depth = focal_length / zoom, depth / zoom
-    if arguments.color_jitter:
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhance(image).enhance(1 + arguments.color_jitter * rng.uniform(-1, 1))
+            zoom = 1 + source.focal_jitter * rng.uniform(-1, 1)
+    has_depth = source.kind == "depth" or source.depth_on_qa
+    crop_side = None if source.max_canonical_edge is None else source.max_canonical_edge * focal_length / 1000
     return {
-        "messages": conversation(turns),
+        "messages": conversation(questions),
         "images": [image],
-        "focal_lengths": [focal_length],
-        "depth_maps": [depth],
+        "focal_lengths": [focal_length / zoom],
+        "depth_maps": [{"image": row["depth"], "scale": row["depth_scale"], "zoom": zoom} if has_depth else None],
+        "max_pixels": source.max_pixels,
+        "crop_side": crop_side,
     }
 
 
-def conversation(turns: list[tuple[str, str]]) -> list[dict]:
+def load_sample(sample: dict, source: DataSource, rng: np.random.Generator) -> dict:
+    """Decode, crop and augment an opened sample."""
+    if source.kind == "instruction":
+        return sample | {"images": [upright(image) for image in sample["images"]]}
+    (image,), (depth,) = sample["images"], sample["depth_maps"]
+    if depth is not None and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError(
+            "the image's EXIF data say to turn it, its depth map's do not; save both upright, without the tag"
+        )
+    image = upright(image)
+    if depth is not None:
+        depth = read_depth(depth["image"], depth["scale"], source.root) / np.float32(depth["zoom"])
+    if sample["crop_side"] is not None:
+        image, depth = crop(image, depth, sample["crop_side"])
+    if source.flip and source.kind == "depth" and rng.random() < 0.5:
+        image, depth = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), depth[:, ::-1].copy()
+    if source.color_jitter:
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = enhance(image).enhance(1 + source.color_jitter * rng.uniform(-1, 1))
+    return sample | {"images": [image], "depth_maps": [depth]}
+
+
+def conversation(questions: list[tuple[str, str]]) -> list[dict]:
     """Questions and answers about one image, which stands before the first question."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
-    for index, (question, answer) in enumerate(turns):
+    messages = [{"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]}]
+    for index, (question, answer) in enumerate(questions):
         text = {"type": "text", "text": question}
         messages.append({"role": "user", "content": [{"type": "image"}, text] if index == 0 else [text]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return messages
 
 
-def parts(content) -> list[dict]:
-    """Content as a list, without the keys that Arrow adds: a template takes `image: None` for an image."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [{key: value for key, value in part.items() if value is not None} for part in content]
+def open_image(image, root: str | None) -> Image.Image:
+    """
+    An image as rows hold it, not yet decoded: bytes, a path below `root`, a data URL, a dict of `bytes` and `path` as
+    `datasets` stores it, or a PIL image. Raises ValueError for a path that leads out of `root`, and for other URLs.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if image is None:
+        raise ValueError("the row has no image")
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image))
+    head, _, data = image.partition(",")
+    if head.startswith("data:"):
+        if not head.endswith(";base64"):
+            raise ValueError(f"an image's data URL begins with {head[:50]!r}; it must be base64")
+        return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+    if "://" in image:
+        raise ValueError(f"the image is the URL {image[:200]!r}; download it, and give its path below image_root")
+    if root is None:
+        raise ValueError(f"the image is the path {image[:200]!r}, but the data set states no image_root")
+    return Image.open(io.BytesIO(inside(root, image).read_bytes()))
 
 
-def decode(encoded: dict) -> Image.Image:
-    image = datasets.Image().decode_example(encoded)
+def upright(image: Image.Image) -> Image.Image:
+    """Decode it, and turn it as its EXIF data say."""
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
-def read_depth(row: dict) -> np.ndarray:
+def decode(encoded, root: str | None = None) -> Image.Image:
+    return upright(open_image(encoded, root))
+
+
+def read_depth(encoded, depth_scale: float, root: str | None = None) -> np.ndarray:
     """`(h, w)`, z-depth in metres, 0 = no label."""
-    words = np.asarray(decode(row["depth"]))
-    if words.ndim != 2 or words.dtype == np.uint8:
-        raise ValueError(f"depth is an image of shape {words.shape}, {words.dtype}; it must be a 16-bit gray one")
-    if not (math.isfinite(row["depth_scale"]) and row["depth_scale"] > 0):
-        raise ValueError(f"depth_scale is {row['depth_scale']} words a metre; it must be above 0")
-    return (words / row["depth_scale"]).astype(np.float32)
+    values = np.asarray(decode(encoded, root))
+    if values.ndim != 2 or values.dtype == np.uint8:
+        raise ValueError(f"depth is an image of shape {values.shape}, {values.dtype}; it must be a 16-bit gray one")
+    if not (math.isfinite(depth_scale) and depth_scale > 0):
+        raise ValueError(f"depth_scale is {depth_scale} values per metre; it must be above 0")
+    return (values / depth_scale).astype(np.float32)
 
 
 def crop(image: Image.Image, depth: np.ndarray | None, side: float) -> tuple[Image.Image, np.ndarray | None]:
-    """The middle of both, at most `side` px of the photo wide and high."""
+    """The middle of both, at most `side` px of the image wide and high."""
     width, height = image.size
     new_width, new_height = (min(old, max(1, round(side))) if old > side else old for old in (width, height))
     if (new_width, new_height) == (width, height):
@@ -197,198 +312,3 @@ def crop(image: Image.Image, depth: np.ndarray | None, side: float) -> tuple[Ima
             round(left * columns) : round((left + new_width) * columns),
         ]
     return image, depth
-
-
-# Samples -> a batch
-
-
-@dataclass
-class Collator:
-    """Samples -> the model's inputs, `labels`, `depth_labels` and their bookkeeping.
-
-    Every piece of a conversation is tokenized for itself, answers apart from what comes between them, so `labels` cover
-    exactly the answers, each with the token that ends it. `depth_labels` is a list of `(height, width)`, one an image,
-    or absent where no image has one.
-    """
-
-    processor: object
-    max_pixels: int | None = None
-
-    def __call__(self, samples: list[dict]) -> dict:
-        rows = [self.pieces(sample["messages"]) for sample in samples]
-        images, focal_lengths, depth_maps = (
-            [value for sample in samples for value in sample[key]] for key in ("images", "focal_lengths", "depth_maps")
-        )
-        extra = {}
-        if images:
-            extra = {"images": images, "focal_lengths": focal_lengths, "max_pixels": self.max_pixels}
-            if any(depth is not None for depth in depth_maps):
-                extra["depth_maps"] = depth_maps
-        flat = self.processor(text=[text for row in rows for text, _ in row], **extra)
-        encoded = iter(zip(flat["input_ids"], flat["mm_token_type_ids"], strict=True))
-        columns = {"input_ids": [], "labels": [], "mm_token_type_ids": []}
-        for row in rows:
-            ids, labels, types = [], [], []
-            for (_, is_answer), (piece, piece_types) in zip(row, encoded, strict=False):
-                ids += piece
-                labels += piece if is_answer else [-100] * len(piece)
-                types += piece_types
-            for column, values in zip(columns.values(), (ids, labels, types), strict=True):
-                column.append(torch.tensor(values))
-        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100, "mm_token_type_ids": 0}
-        batch = {
-            name: torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding[name])
-            for name, column in columns.items()
-        }
-        lengths = torch.tensor([len(ids) for ids in columns["input_ids"]])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
-        if images:
-            batch["pixel_values"] = torch.as_tensor(np.asarray(flat["pixel_values"]))
-            batch["image_grid_thw"] = torch.as_tensor(np.asarray(flat["image_grid_thw"]))
-        if "depth_labels" in flat:
-            batch["depth_labels"] = flat["depth_labels"]
-        if "position" in samples[-1]:
-            batch["position"] = samples[-1]["position"]
-        return batch
-
-    def pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
-        """The conversation's text in pieces, each with whether it is an answer."""
-        pieces, done = [], ""
-        for index, turn in enumerate(messages):
-            if turn["role"] != "assistant":
-                continue
-            before = self.processor.apply_chat_template(messages[:index], add_generation_prompt=True)
-            after = self.processor.apply_chat_template(messages[: index + 1])
-            if not (before.startswith(done) and after.startswith(before)):
-                raise ValueError(
-                    "the chat template renders a conversation otherwise when it goes on, so answers cannot be told "
-                    f"from prompts; use one that appends (at turn {index})"
-                )
-            end = self.processor.tokenizer.eos_token
-            answer, _, _ = after[len(before) :].rpartition(end)
-            pieces += [(before[len(done) :], False), (answer + end, True)]
-            done = before + answer + end
-        if not pieces:
-            raise ValueError("a conversation without an answer of the assistant teaches nothing")
-        return pieces
-
-
-# Streams
-
-
-class TrainingStream(torch.utils.data.IterableDataset):
-    """The endless mix of a rank, split over its DataLoader workers, that can go on from any sample.
-
-    Each pair of rank and worker reads its own shards of every data set, shuffled anew each time around, and draws from
-    them by weight. Every sample holds its `position`: (worker, rows read, rows unreadable). A row that cannot be read
-    is written to `log`, and the next one is read; past `max_bad_share` an error ends training.
-    """
-
-    def __init__(
-        self, arguments: DataArguments, seed: int, rank: int = 0, world_size: int = 1, log: Path | None = None
-    ):
-        if not arguments.datasets:
-            raise ValueError("datasets is empty; list at least one data set with its path in the YAML file")
-        self.arguments, self.seed, self.rank, self.world_size, self.log = arguments, seed, rank, world_size, log
-        self.rows = [source.open() for source in arguments.datasets]
-        self.batches_done, self.start = 0, {}
-
-    def resume(self, batches_done: int, positions: dict[int, tuple[int, int]]):
-        """Go on after `batches_done` batches, of which each worker's last ended at (rows read, rows unreadable)."""
-        self.batches_done, self.start = batches_done, positions
-
-    def __iter__(self) -> Iterator[dict]:
-        info = torch.utils.data.get_worker_info()
-        workers = info.num_workers if info else 1
-        # a resumed DataLoader asks its first worker first; it plays the one whose turn it is
-        worker = ((info.id if info else 0) + self.batches_done) % workers
-        first, bad = self.start.get(worker, (0, 0))
-        piece, pieces = self.rank * workers + worker, self.world_size * workers
-        streams = [endless(rows, self.arguments.shuffle_buffer, self.seed, piece, pieces) for rows in self.rows]
-        weights = np.array([source.weight for source in self.arguments.datasets])
-        draw = np.random.default_rng([self.seed, piece])
-        for number in itertools.count():
-            index = draw.choice(len(streams), p=weights / weights.sum())
-            row = next(streams[index])
-            if number < first:
-                continue
-            source = self.arguments.datasets[index]
-            try:
-                sample = read_sample(row, source, self.arguments, np.random.default_rng([self.seed, piece, number]))
-            except Exception as error:  # whatever a decoder raises for what it was given
-                bad += 1
-                self.report(source, row, error, bad, number + 1)
-                continue
-            yield sample | {"position": (worker, number + 1, bad)}
-
-    def report(self, source: DataSource, row: dict, error: Exception, bad: int, read: int):
-        line = json.dumps({"path": source.path, "name": source.name, "id": row.get("id"), "reason": str(error)})
-        logger.warning(f"unreadable row, left out: {line}")
-        if self.log:
-            with open(self.log, "a") as file:
-                file.write(line + "\n")
-        if read >= ROWS_BEFORE_STOP and bad > self.arguments.max_bad_share * read:
-            raise ValueError(
-                f"{bad} of {read} rows cannot be read, more than max_bad_share {self.arguments.max_bad_share}; repair "
-                f"the data, listed in {self.log}, or raise max_bad_share; the last: {line}"
-            )
-
-
-def endless(rows: datasets.IterableDataset, buffer: int, seed: int, piece: int, pieces: int) -> Iterator[dict]:
-    """Piece `piece` of `pieces` of the rows, over and over: whole shards, or single rows if they are too few.
-
-    Each time around, the shards come in another order, the same for all pieces, and rows are shuffled in a buffer.
-    """
-    shards = rows.num_shards
-    for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(shards)
-        if shards >= pieces:
-            mine = rows_of(rows, order[piece::pieces])
-        else:
-            mine = itertools.islice(rows_of(rows, order), piece, None, pieces)
-        empty = True
-        for row in shuffled(mine, buffer, np.random.default_rng([seed, epoch, piece])):
-            empty = False
-            yield row
-        if empty:
-            raise ValueError(f"a data set has no row for piece {piece} of {pieces}; use fewer ranks or workers")
-
-
-def rows_of(rows: datasets.IterableDataset, shards) -> Iterator[dict]:
-    for shard in shards:
-        # `iter`, not `__iter__`, which would split the rows over the DataLoader's workers a second time
-        for batch in rows.shard(rows.num_shards, int(shard)).iter(READ_AT_ONCE):
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(batch, values, strict=True))
-
-
-def shuffled(rows: Iterator[dict], buffer: int, draw: np.random.Generator) -> Iterator[dict]:
-    # not IterableDataset.shuffle: it reads with threads, which a forked worker does not have, and sleeps at each end
-    held = []
-    for row in rows:
-        if len(held) < buffer:
-            held.append(row)
-            continue
-        index = draw.integers(buffer)
-        yield held[index]
-        held[index] = row
-    draw.shuffle(held)
-    yield from held
-
-
-class EvalSamples(torch.utils.data.Dataset):
-    """The first rows of the held-out data, the same each time; an unreadable one is an error."""
-
-    def __init__(self, arguments: DataArguments):
-        self.rows = [
-            (row, source)
-            for source in arguments.eval_datasets
-            for row in source.open().take(arguments.max_eval_samples)
-        ]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        row, source = self.rows[index]
-        return read_sample(row, source, DataArguments(), np.random.default_rng(index))

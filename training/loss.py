@@ -2,16 +2,48 @@
 
 import functools
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, resize, silog_loss
+from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVLMSeen, no_autocast, resize, silog_loss
 
 DELTA1 = 1.25
+GRADIENT_SCALES = 4
+
+
+def gradient_matching_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """
+    Gradient matching of one image (Ranftl et al. 2020, eq. 11), in log depth: the sum over 4 scales, each of half the
+    resolution of the one before, of mean(|dR/dx| + |dR/dy|) with R = ln prediction - ln label.
+
+    prediction: `(height, width)`, positive. label: `(height, width)`, in the same unit, 0 = no label. Differences count
+    between neighbours that both have a label; the mean is over the labelled pixels of the scale.
+    """
+    with no_autocast(prediction):
+        total = prediction.new_zeros((), dtype=torch.float32)
+        for scale in range(GRADIENT_SCALES):
+            depth, metres = (maps[:: 2**scale, :: 2**scale].float() for maps in (prediction, label))
+            labelled = metres > 0
+            residual = depth.log() - torch.where(labelled, metres, 1).log()
+            for axis in (0, 1):
+                size = residual.shape[axis] - 1
+                both = labelled.narrow(axis, 0, size) & labelled.narrow(axis, 1, size)
+                total = total + residual.diff(dim=axis)[both].abs().sum() / labelled.sum().clamp(min=1)
+        return total
+
+
+DEPTH_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    # name in `depth_losses` -> loss of one image: (height, width) prediction and label, at least one pixel labelled
+    "silog": silog_loss,
+    "gradient_matching": gradient_matching_loss,
+}
 
 
 @dataclass
@@ -19,24 +51,30 @@ class DepthTrainingOutput(FusedCausalLMOutput):
     """
     TRL's fused output and, of the images that have a label:
 
-    depth_loss (`torch.Tensor` of shape `()`): the sum of their SILog losses, times the targets' scale.
-    depth_scores (`torch.Tensor` of shape `(num_labelled, 3)`): SILog, delta1 and AbsRel of each, without gradient.
+    depth_loss (`torch.Tensor` of shape `()`): the sum of their depth losses, times the targets' scale.
+    depth_scores (`torch.Tensor` of shape `(num_labelled, 3)`): depth loss, delta1 and AbsRel per image, no gradient.
+
+    The text fields hold the positions that have a label, `(1, num_answer_tokens)`, in the batch's order.
     """
 
     depth_loss: torch.Tensor | None = None
     depth_scores: torch.Tensor | None = None
 
 
-def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
+def add_depth_loss(
+    model: DepthVLMForConditionalGeneration, trains_text: bool, depth_losses: dict[str, float] | None = None
+) -> None:
     """
     Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
+
+    depth_losses: weights of the terms of `DEPTH_LOSSES` whose sum is the depth loss; default: SILog alone.
 
     `model(..., depth_targets=SimpleNamespace(labels=[...], scale=1.0))` then returns a `DepthTrainingOutput`; in plain
     arguments FSDP2 would round labels and scale to the parameters' dtype. It has to happen inside
     `model.forward`, so that DDP and FSDP, which wrap the model, see the head's parameters used. Without `trains_text`
     the backbone runs without gradients and the LM head not at all.
     """
-    fused_forward = model.forward
+    fused_forward, depth_losses = model.forward, depth_losses or {"silog": 1.0}
 
     @functools.wraps(type(model).forward)
     def forward(self, *args, depth_targets=None, **kwargs):
@@ -54,7 +92,9 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
             kwargs["output_hidden_states"] = True
         text = {}
         if trains_text:
-            text = fused_forward(*args, seen=seen, **kwargs)
+            answers = kwargs.pop("labels")[:, 1:]
+            with states_at(self.base_model, answers != -100):
+                text = fused_forward(*args, seen=seen, shift_labels=answers[answers != -100][None], **kwargs)
         else:
             with torch.no_grad():
                 self.base_model(*args, seen=seen, **kwargs)
@@ -69,14 +109,36 @@ def add_depth_loss(model: DepthVLMForConditionalGeneration, trains_text: bool):
         flat = [level for features, _, _ in labelled for level in features]
         sizes = [(len(features), grid, label) for features, grid, label in labelled]
         if torch.is_grad_enabled():
-            loss, scores = ImageByImage.apply(self.depth_head, sizes, depth_scale, len(trained), *trained, *flat)
+            loss, scores = ImageByImage.apply(
+                self.depth_head, sizes, depth_losses, depth_scale, len(trained), *trained, *flat
+            )
         else:
-            predictions = [(self.depth_head(features, grid)[0], label) for features, grid, label in labelled]
-            scores = torch.stack([torch.stack([silog_loss(*own), *depth_accuracy(*own)]) for own in predictions])
+            scores = [
+                score(self.depth_head(features, grid)[0], label, depth_losses) for features, grid, label in labelled
+            ]
+            scores = torch.stack(scores)
             loss = depth_scale * scores[:, 0].sum()
         return DepthTrainingOutput(**text, depth_loss=zero + loss, depth_scores=scores)
 
     model.forward = types.MethodType(forward, model)
+
+
+@contextmanager
+def states_at(backbone: torch.nn.Module, positions: torch.Tensor) -> Iterator[None]:
+    """
+    Within the block, `backbone` returns the last hidden states at these positions alone, `(1, number, hidden_size)`.
+
+    positions: bool, `(batch_size, sequence_length - 1)`. Without Triton, TRL's fused head would score every position.
+    """
+
+    def pick(_, __, outputs):
+        return BaseModelOutputWithPast(last_hidden_state=outputs.last_hidden_state[:, :-1][positions][None])
+
+    handle = backbone.register_forward_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class ImageByImage(torch.autograd.Function):
@@ -86,38 +148,37 @@ class ImageByImage(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, images, scale, num_parameters, *tensors):
+    def forward(ctx, head, images, depth_losses, scale, num_parameters, *tensors):
         """
-        images: (number of features, grid, label) of each. scale: of the loss. tensors: `num_parameters` parameters,
-        then all features.
+        images: (number of features, grid, label) of each. depth_losses: name -> weight. scale: of the loss. tensors:
+        `num_parameters` parameters, then all features.
 
-        Returns the loss and, an image, SILog, delta1 and AbsRel, `(num_images, 3)`.
+        Returns the loss and, per image, depth loss, delta1 and AbsRel, `(num_images, 3)`.
         """
         parameters, features = tensors[:num_parameters], iter(tensors[num_parameters:])
-        total, scores, sums, gradients = 0, [], [None] * num_parameters, []
+        scores, sums, gradients = [], [None] * num_parameters, []
         for number, grid, label in images:
-            own = [next(features) for _ in range(number)]
-            own = [level.detach().requires_grad_(level.requires_grad) for level in own]
-            inputs = [*parameters, *own]
+            levels = [next(features) for _ in range(number)]
+            levels = [level.detach().requires_grad_(level.requires_grad) for level in levels]
+            inputs = [*parameters, *levels]
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
             with torch.enable_grad():
-                prediction = head(own, grid)[0]
-                loss = silog_loss(prediction, label)
-                found = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
-            found = [next(found) if tensor.requires_grad else None for tensor in inputs]
-            sums = [new if old is None else old.add_(new) for old, new in zip(sums, found, strict=False)]
-            gradients += found[num_parameters:]
-            total = total + loss.detach() * scale
-            scores.append(torch.stack([loss, *depth_accuracy(prediction, label)]).detach())
+                image_scores = score(head(levels, grid)[0], label, depth_losses)
+                computed = iter(torch.autograd.grad(image_scores[0] * scale, wanted, allow_unused=True))
+            computed = [next(computed) if tensor.requires_grad else None for tensor in inputs]
+            sums = [new if old is None else old.add_(new) for old, new in zip(sums, computed, strict=False)]
+            gradients += computed[num_parameters:]
+            scores.append(image_scores.detach())
         ctx.gradients = [*sums, *gradients]
         scores = torch.stack(scores)
+        total = scores[:, 0].sum() * scale
         ctx.mark_non_differentiable(scores)
         return total, scores
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, _):
-        return (None,) * 4 + tuple(gradient if gradient is None else gradient * scale for gradient in ctx.gradients)
+        return (None,) * 5 + tuple(gradient if gradient is None else gradient * scale for gradient in ctx.gradients)
 
 
 def connected_zero(model: DepthVLMForConditionalGeneration, has_images: bool) -> torch.Tensor:
@@ -142,10 +203,15 @@ def connected_zero(model: DepthVLMForConditionalGeneration, has_images: bool) ->
     return zero
 
 
-def depth_accuracy(prediction: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """delta1 and AbsRel of one image over its labelled pixels."""
+def score(prediction: torch.Tensor, label: torch.Tensor, depth_losses: dict[str, float]) -> torch.Tensor:
+    """
+    Depth loss, delta1 and AbsRel of one image over its labelled pixels, `(3,)`; only the loss has a gradient.
+
+    prediction: `(height, width)`, resized to the label's size where they differ. depth_losses: name -> weight.
+    """
     if prediction.shape != label.shape:
         prediction = resize(prediction[None, None], label.shape)[0, 0]
-    prediction, label = prediction[label > 0], label[label > 0]
-    ratio = torch.maximum(prediction / label, label / prediction)
-    return (ratio < DELTA1).float().mean(), ((prediction - label).abs() / label).mean()
+    loss = sum(weight * DEPTH_LOSSES[name](prediction, label) for name, weight in depth_losses.items())
+    depth, metres = prediction.detach()[label > 0], label[label > 0]
+    ratio = torch.maximum(depth / metres, metres / depth)
+    return torch.stack([loss, (ratio < DELTA1).float().mean(), ((depth - metres).abs() / metres).mean()])

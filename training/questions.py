@@ -4,15 +4,25 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 
-from .data import DataArguments, conversation, decode
+from .data import DataArguments, conversation, decode, read_sample
 from .trainer import DepthSFTTrainer
 
-RETENTION_QUESTIONS = ("Describe this image.", "How many people are there?", "What is the largest object made of?")
+RETENTION_QUESTIONS = (
+    "Describe this image.",
+    "How many people are there?",
+    "What is the largest object made of?",
+    "Is this indoors or outdoors? Answer with one word.",
+    "Which colours do you see?",
+    "Is there any text in this image? If so, what does it say?",
+    "What would you find if you walked to the left?",
+    "Write a short title for this photo.",
+)
 
 
 @torch.no_grad()  # not inference mode: what FSDP2 allocates now, training uses later
@@ -60,7 +70,8 @@ def score_questions(model, processor, data_args: DataArguments, limit: int) -> d
         for row in source.open().take(limit):
             questions = row.get("qa") or {"kind": [], "question": [], "answer": []}
             for kind, question, answer in zip(*(questions[k] for k in ("kind", "question", "answer")), strict=True):
-                sample = {"image": decode(row["image"]), "focal_length": row["fx"], "question": question}
+                image = decode(row["image"], source.root)
+                sample = {"image": image, "focal_length": row["fx"], "question": question}
                 asked.append((kind, answer, sample))
     answers = generate_answers(model, processor, [sample for *_, sample in asked], data_args.max_pixels)
     right = {}
@@ -84,9 +95,10 @@ class RetentionWatch(TrainerCallback):
         for source in data_args.eval_datasets:
             for row, question in zip(source.open().take(limit), itertools.cycle(RETENTION_QUESTIONS), strict=False):
                 asked = (row.get("qa") or {}).get("question") or [question]
-                images = row["images"] if source.kind == "instruction" else [row["image"]]
-                if images:
-                    self.rows.append({"image": decode(images[0]), "focal_length": row.get("fx"), "question": asked[0]})
+                sample = read_sample(row, source, np.random.default_rng(0))
+                if sample["images"]:
+                    image, focal_length = sample["images"][0], sample["focal_lengths"][0]
+                    self.rows.append({"image": image, "focal_length": focal_length, "question": asked[0]})
         if not self.rows:
             raise ValueError(f"retention_steps is {every} but eval_datasets holds no image to ask about; add one")
 
