@@ -55,7 +55,7 @@ def quantization(model_args: ModelConfig):
         raise ValueError("load_in_4bit is set, but 4-bit weights cannot be trained themselves; set use_peft too")
     config = get_quantization_config(model_args)
     if config is not None:
-        config.llm_int8_skip_modules = ["visual", "depth_head", "lm_head"]  # bitsandbytes' name, of 4 bits too
+        config.llm_int8_skip_modules = ["model.visual", "depth_head", "lm_head"]  # bitsandbytes' name, of 4 bits too
     return config
 
 

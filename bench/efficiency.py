@@ -8,6 +8,7 @@ of the published sizes, each on the input that its checkpoint asks for. All time
 
 import argparse
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -49,6 +50,7 @@ ALTERNATIVE = {  # contestant -> what its ratio is against
 OURS = "forward with depth"  # what peers' ratios are against
 ONE_POINT = "one point in words"
 POINT_TOKENS = 8  # of an answer like "3.27 meters"; DepthLM's own, with its thoughts, is many times longer
+ROOT = Path(__file__).resolve().parent.parent
 EVALUATED_AT_ONCE = 4  # photos; what `evaluate` does by default
 
 
@@ -269,54 +271,76 @@ def ratios(seconds: dict[str, list[float]], alternatives: dict[str, str]) -> dic
     }
 
 
+STAGES = {1: ["depth_head"], 2: ["language_model", "lm_head", "depth_head"]}  # what each trains
+ANSWER_TOKENS = 16  # of a row: about the depth prompt's response
+
+
 def training_steps(
-    config: DepthVLMConfig, grid: tuple[int, int], images: int, dtype: torch.dtype
+    config: DepthVLMConfig, grid: tuple[int, int], images: int, dtype: torch.dtype, stage: int, device: str
 ) -> dict[str, Callable]:
-    """A stage-1 step of `train_sft.py`, up to the head's gradients, and the same one as one writes it down."""
+    """A step of `train_sft.py`, up to the gradients, and the same one as one writes it down."""
     from trl.trainer.utils import add_fused_lm_head
 
     from training.loss import add_depth_loss
     from training.trainer import freeze
 
-    model = random_model(config, dtype, "cpu").train()
-    freeze(model, ["depth_head"])
-    one = random_inputs(config, grid, dtype, "cpu")
+    model = random_model(config, dtype, device).train()
+    freeze(model, STAGES[stage])
+    one = random_inputs(config, grid, dtype, device)
     inputs = {name: torch.cat([value] * images) for name, value in one.items()}
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == config.image_token_id, -100)
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -ANSWER_TOKENS:] = inputs["input_ids"][:, -ANSWER_TOKENS:]
     token = config.vision_config.patch_size * config.vision_config.spatial_merge_size
     depth = torch.rand(images, grid[0] * token, grid[1] * token, generator=torch.Generator().manual_seed(2)) * 9 + 1
-    add_fused_lm_head(model)
-    add_depth_loss(model, trains_text=False)
+    depth = depth.to(device)
+    # compared in the two steps, besides the loss
+    watched = [model.depth_head, *([model.model.language_model.layers[-1]] if stage == 2 else [])]
+    straightforward_forward = model.forward
+
+    def finish(loss):
+        loss.backward()
+        gradients = [parameter.grad for module in watched for parameter in module.parameters()]
+        return loss.item(), torch.cat([gradient.flatten().float() for gradient in gradients])
 
     def step():
         model.zero_grad()
-        loss = model(**inputs, depth_targets=SimpleNamespace(labels=list(depth), scale=1 / images)).depth_loss
-        loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten().float() for p in model.depth_head.parameters()])
+        add_fused_lm_head(model)
+        add_depth_loss(model, trains_text=stage == 2)
+        targets = SimpleNamespace(labels=list(depth), scale=1 / images)
+        text = {"labels": labels, "fused_lm_head": True} if stage == 2 else {}
+        outputs = model(**inputs, **text, depth_targets=targets)
+        model.forward = straightforward_forward
+        loss = outputs.depth_loss
+        if stage == 2:
+            loss = loss - outputs.log_probs.sum() / (labels != -100).sum()
+        return finish(loss)
 
     def straightforward_step():
-        """Logits of all positions and their loss, the head for one image after another; the backbone is frozen."""
+        """Logits of all positions and their loss, which stage 1 logs; the head for one image after another."""
         model.zero_grad()
         seen = DepthVLMSeen()
         states = model.model(**inputs, seen=seen).last_hidden_state
         logits = model.lm_head(states).float()
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # logged
+        text_loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         losses = []
         for index in range(images):
             features = [level[index] for level in seen.images.visual_maps[:-1]]
             features.append(states[index][inputs["input_ids"][index] == config.image_token_id])
             d = straightforward_head(model.depth_head, features, grid)[0].float().log() - depth[index].log()
             losses.append(torch.sqrt(d.pow(2).mean() - 0.5 * d.mean().pow(2) + 1e-8))
-        loss = sum(losses) / images
-        loss.backward()
-        return loss.item(), torch.cat([p.grad.flatten().float() for p in model.depth_head.parameters()])
+        return finish(sum(losses) / images + (text_loss if stage == 2 else 0))
 
-    return {"straightforward stage-1 step": straightforward_step, "stage-1 step": step}
+    return {f"straightforward stage-{stage} step": straightforward_step, f"stage-{stage} step": step}
 
 
 def peak_memory(name: str, *sizes) -> int:
-    """Bytes that one step takes at its peak beyond the model; in a process that does nothing else."""
+    """Bytes that one step takes at its peak beyond the model; on a CPU in a process that does nothing else."""
     step = training_steps(*sizes)[name]
+    if sizes[-1] != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     before = resident_bytes()
     step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
@@ -327,16 +351,24 @@ def resident_bytes() -> int:
     return pages * resource.getpagesize()
 
 
-def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats: int = 3) -> dict:
-    """Seconds of both steps, taking turns, and the peak memory of each in a process of its own (Linux)."""
-    sizes = (config, grid, images, dtype)
+def training_efficiency(
+    config: DepthVLMConfig,
+    grid: tuple[int, int],
+    images: int,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 3,
+    stage: int = 1,
+    device: str = "cpu",
+) -> dict:
+    """Seconds of both steps, taking turns, and the peak memory of each in a process of its own (on a CPU: Linux)."""
+    sizes = (config, grid, images, dtype, stage, device)
+    theirs, ours = f"straightforward stage-{stage} step", f"stage-{stage} step"
     peaks = {}
-    for name in ("straightforward stage-1 step", "stage-1 step"):
+    for name in (theirs, ours):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = pool.apply(peak_memory, (name, *sizes))
-    seconds, results = measure(training_steps(*sizes), repeats, "cpu")
-    theirs, ours = seconds
-    (their_loss, their_gradients), (loss, gradients) = results.values()
+    seconds, results = measure(training_steps(*sizes), repeats, device)
+    (their_loss, their_gradients), (loss, gradients) = results[theirs], results[ours]
     return {
         "seconds": seconds,
         "peak_bytes": peaks,
@@ -345,7 +377,66 @@ def training_efficiency(config, grid, images: int, dtype=torch.bfloat16, repeats
         "memory_ratio": peaks[ours] / peaks[theirs],
         "loss_difference": abs(loss - their_loss),
         "gradient_difference": (torch.dist(gradients, their_gradients) / their_gradients.norm()).item(),
-        "machine": machine("cpu"),
+        "machine": machine(device),
+    }
+
+
+def loader_efficiency(checkpoint: str, size: tuple[int, int], images: int, repeats: int) -> dict:
+    """
+    From a stored row (a JPEG of `size`, (height, width), and 256 x 192 depth values) to a batch of `images` rows: what
+    training does, and the processor's plain call, whose patches are floats. Seconds per sample, bytes per batch.
+
+    checkpoint: whose tokenizer and template are used, at the paper's canonical focal length and Qwen3-VL's budget.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from depthvlm.processing_depthvlm import DEPTH_PROMPT, DEPTH_RESPONSE, DepthVLMProcessor
+    from training.data import DataSource, conversation, decode, load_sample, open_sample, read_depth
+    from training.encoding import Collator, Encoder
+
+    processor = DepthVLMProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+    processor.canonical_focal_length = 1000.0
+    processor.image_processor.size = {"shortest_edge": 256 * 256, "longest_edge": 4096 * 4096}
+    encoder, collator, source = Encoder(processor), Collator(processor), DataSource("synthetic")
+    draw = np.random.default_rng(0)
+    picture = Image.fromarray(draw.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(size[::-1], Image.BICUBIC)
+    depth = Image.fromarray((draw.random((192, 256)) * 9000 + 1000).astype(np.uint16))
+    stored = {}
+    for name, image, form in (("image", picture, "JPEG"), ("depth", depth, "PNG")):
+        image.save(buffer := io.BytesIO(), form)
+        stored[name] = {"bytes": buffer.getvalue(), "path": None}
+    row = stored | {"fx": 0.745 * max(size), "depth_scale": 1000.0, "depth_type": "z", "id": "row"}
+    text = processor.apply_chat_template(conversation([(DEPTH_PROMPT, DEPTH_RESPONSE)]))
+
+    def sample():
+        opened = open_sample(row, source, draw)
+        encoder.measure(opened)
+        return encoder(load_sample(opened, source, draw))
+
+    def plain_sample():
+        metres = read_depth(row["depth"], row["depth_scale"])
+        return processor(
+            images=[decode(row["image"])],
+            text=text,
+            focal_lengths=[row["fx"]],
+            depth_maps=[metres],
+            return_tensors="pt",
+        )
+
+    seconds, _ = measure({"plain sample": plain_sample, "sample": sample}, repeats, "cpu")
+    batch = collator([sample() for _ in range(images)])
+    plain = plain_sample()
+    tensors = [batch[name] for name in ("input_ids", "attention_mask", "labels", "mm_token_type_ids", "pixel_values")]
+    ours = sum(tensor.nbytes for tensor in [*tensors, *batch["depth_labels"]])
+    theirs = sum(value.nbytes for value in plain.values() if torch.is_tensor(value))
+    theirs = images * (theirs + plain["input_ids"].nbytes + plain["depth_labels"][0].nbytes)  # labels, too
+    return {
+        "seconds": seconds,
+        "batch_bytes": {"plain sample": theirs, "sample": ours},
+        "ratios": ratios(seconds, {"sample": "plain sample"}),
+        "alternatives": {"sample": "plain sample"},
+        "memory_ratio": ours / theirs,
     }
 
 
@@ -410,15 +501,15 @@ def machine(device: str) -> dict:
     """Versions and the processor that was measured."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     kinds = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "cpu": said.get("model name", platform.processor()),
-        "cpu_instructions": [kind for kind in kinds if kind in said.get("flags", "").split()],
+        "cpu": fields.get("model name", platform.processor()),
+        "cpu_instructions": [kind for kind in kinds if kind in fields.get("flags", "").split()],
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
@@ -443,8 +534,11 @@ def main(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
-    parser.add_argument("--train", action="store_true", help="a stage-1 step; few --layers shorten vision too")
-    parser.add_argument("--images", type=int, default=2, help="of a --train step")
+    train = "a step of both stages, and the loader; few --layers shorten vision too"
+    parser.add_argument("--train", action="store_true", help=train)
+    parser.add_argument("--images", type=int, default=2, help="per --train step and per batch of the loader")
+    parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
+    parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")
     parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
@@ -456,11 +550,16 @@ def main(arguments=None):
         return
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
-        grid, dtype = tuple(options.grid), getattr(torch, options.dtype)
+        dtype = getattr(torch, options.dtype)
         config = config_4b(options.layers, min(max(options.layers, 4), 24))  # what both steps share, kept short
-        report |= training_efficiency(config, grid, options.images, dtype, options.repeats)
-        report["images"] = options.images
-        print(json.dumps(report, indent=1))
+        settings = (config, tuple(options.grid), options.images, dtype, options.repeats)
+        report |= {f"stage {stage}": training_efficiency(*settings, stage, options.device) for stage in STAGES}
+        report["loader"] = loader_efficiency(options.processor, options.photo, options.images, options.repeats)
+        for name in (*(f"stage {stage}" for stage in STAGES), "loader"):
+            memory = report[name].get("peak_bytes", report[name].get("batch_bytes"))
+            print(f"{name}:\n{table(report[name])}")
+            print(", ".join(f"{key} {size / 2**20:.1f} MiB" for key, size in memory.items()), end=", ")
+            print(f"ratio {report[name]['memory_ratio']:.3f}\n")
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
         return

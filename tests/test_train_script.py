@@ -247,11 +247,6 @@ def test_a_flag_that_must_stay_is_refused(start, data, tmp_path, flag):
         run_here(arguments(start, data, tmp_path / "out", **flag))
 
 
-def test_quantized_loading_is_refused(start, data, tmp_path):
-    with pytest.raises(ValueError, match="load_in_4bit and load_in_8bit have no effect"):
-        run_here(arguments(start, data, tmp_path / "out", load_in_4bit=True))
-
-
 def test_a_model_that_fsdp2_has_wrapped_is_saved_with_its_code(start, tmp_path):
     """FSDP2 makes a class of its own, `FSDP` + the name, in a module of torch's."""
     model = DepthVLMForConditionalGeneration.from_pretrained(start)

@@ -227,7 +227,14 @@ def model_card(trainer: Trainer, name: str, has_example: bool) -> ModelCard:
     if questions.exists():
         metrics |= {key: round(value, 4) for key, value in json.loads(questions.read_text()).items()}
     results = [
-        EvalResult("depth-estimation", "custom", name, metric, metrics[f"eval_{metric}/{name}"])
+        EvalResult(
+            task_type="depth-estimation",
+            dataset_type="custom",
+            dataset_name=name,
+            dataset_config=name,  # two results of one data set are told by this
+            metric_type=metric,
+            metric_value=metrics[f"eval_{metric}/{name}"],
+        )
         for metric in ("delta1", "abs_rel")
         for name in trainer.set_names["eval"]
         if f"eval_{metric}/{name}" in metrics

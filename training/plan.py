@@ -5,7 +5,6 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +28,9 @@ from .trainer import DepthSFTConfig, freeze
 GIB = 2**30
 MOST_PASSES = 4  # over a data set in a run before a warning
 SAMPLES = 64  # looked at by a dry run
-SHOWN = 4  # of them, decoded and as pictures
+SHOWN = 4  # of them, decoded and as pictures, from as many data sets as there are
 LITTLE_SHUFFLED = 16  # rows, in a dry run, which has no time to fill a large buffer
-TOKENS_MEASURED = 64
+TOKENS_MEASURED = 16  # a square
 BITS_4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and a float32 scale per 64 weights
 
 NO_INSTRUCTIONS = (
@@ -124,20 +123,19 @@ def empty_model(
     return model
 
 
-def saved_bytes(run: Callable) -> int:
-    """Bytes of the activations that autograd keeps for the backward pass of `run()`."""
-    storages = {}
+def saved_bytes(module: torch.nn.Module, *args, **kwargs) -> int:
+    """Bytes of the activations that autograd keeps for the backward pass of `module(*args, **kwargs)`."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    storages, kept = {}, []
 
     def pack(tensor):
-        if not isinstance(tensor, torch.nn.Parameter):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         kept.append(tensor)  # so that no address is used twice
         return tensor
 
-    kept = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storages.values())
+        module(*args, **kwargs)
+    return sum(size for address, size in storages.items() if address not in weights)
 
 
 def activations_per_token(model: DepthVLMForConditionalGeneration) -> dict[str, float]:
@@ -146,36 +144,45 @@ def activations_per_token(model: DepthVLMForConditionalGeneration) -> dict[str, 
 
     Measured on a few tokens, in bfloat16, on the CPU, with weights that hold nothing: all grow linearly with tokens.
     """
-    text, vision = model.config.text_config, model.config.vision_config
+    text, vision, number = model.config.text_config, model.config.vision_config, TOKENS_MEASURED
     states = {"dtype": torch.bfloat16, "requires_grad": True}
     layer = model.model.language_model.layers[0].to_empty(device="cpu")
-    hidden = torch.zeros(1, TOKENS_MEASURED, text.hidden_size, **states)
-    angles = (torch.zeros(1, TOKENS_MEASURED, text.head_dim, dtype=torch.bfloat16),) * 2
     block = model.model.visual.blocks[0].to_empty(device="cpu")
-    patches = torch.zeros(TOKENS_MEASURED, vision.hidden_size, **states)
-    patch_angles = (torch.zeros(TOKENS_MEASURED, vision.hidden_size // vision.num_heads),) * 2
     head = model.depth_head.to_empty(device="cpu").bfloat16()
-    side = int(TOKENS_MEASURED**0.5)
-    features = [torch.zeros(side * side, text.hidden_size, **states) for _ in range(4)]
-    runs = {
-        "layer": lambda: layer(hidden, position_embeddings=angles, attention_mask=None),
-        "block": lambda: block(
-            patches, cu_seqlens=torch.tensor([0, TOKENS_MEASURED]), position_embeddings=patch_angles
+    side = math.isqrt(number)
+    total = {
+        "layer": saved_bytes(
+            layer,
+            torch.zeros(1, number, text.hidden_size, **states),
+            position_embeddings=(torch.zeros(1, number, text.head_dim, dtype=torch.bfloat16),) * 2,
+            attention_mask=None,
         ),
-        "head": lambda: head(features, (side, side)),
+        "block": saved_bytes(
+            block,
+            torch.zeros(number, vision.hidden_size, **states),
+            cu_seqlens=torch.tensor([0, number]),
+            position_embeddings=(torch.zeros(number, vision.hidden_size // vision.num_heads),) * 2,
+        ),
+        "head": saved_bytes(head, [torch.zeros(number, text.hidden_size, **states) for _ in range(4)], (side, side)),
     }
-    return {name: saved_bytes(run) / TOKENS_MEASURED for name, run in runs.items()}
+    return {name: size / number for name, size in total.items()}
 
 
 def activations(
-    model: DepthVLMForConditionalGeneration, trains: list[str], tokens: int, image_tokens: int, image: int, kept: bool
+    model: DepthVLMForConditionalGeneration,
+    per_token: dict[str, float],
+    trains: list[str],
+    tokens: int,
+    image_tokens: int,
+    image: int,
+    kept: bool,
 ) -> float:
     """
-    Bytes of activations. tokens, image_tokens: of a micro-batch, padding included. image: tokens of its largest image.
-    kept: whether every layer keeps its activations, or its input alone (gradient checkpointing).
+    Bytes of activations. per_token: of `activations_per_token`. tokens, image_tokens: of a micro-batch, padding
+    included. image: tokens of its largest image. kept: whether every layer keeps its activations, or its input alone
+    (gradient checkpointing).
     """
     text, vision = model.config.text_config, model.config.vision_config
-    per_token = activations_per_token(model)
     total = per_token["head"] * image + 4 * 2 * text.hidden_size * image_tokens  # of one image at a time; its features
     patches = image_tokens * vision.spatial_merge_size**2
     for trained, layers, size, count, width in (
@@ -230,8 +237,8 @@ def memory(
     unit = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
     rest = model.get_input_embeddings().weight.numel()
     state = optimizer_bytes(training_args)
-    counts = {"tokens": tokens, "image_tokens": image_tokens, "image": image}
-    kept, inputs = (activations(model, training_args.trains, **counts, kept=kept) for kept in (True, False))
+    sizes = (model, activations_per_token(model), training_args.trains, tokens, image_tokens, image)
+    kept, inputs = (activations(*sizes, kept=kept) for kept in (True, False))
     if training_args.gradient_checkpointing:
         kept, inputs = inputs, kept
     ranks, plans = training_args.processes, []
@@ -245,7 +252,7 @@ def memory(
             state * bytes_trained / 4,
             kept,
             inputs,
-            frozen_bytes + bytes_trained + state * bytes_trained / 4,
+            (frozen_bytes if peft_config is None else 0) + bytes_trained + state * bytes_trained / 4,
         )
     )
     whole = 2 * (2 * unit + rest)  # two layers and the embeddings are gathered at a time, in 16 bits
@@ -373,7 +380,9 @@ def dry_run(
     rows = [[plan.engine, *(f"{number / GIB:.2f}" for number in row)] for plan, row in zip(plans, cells, strict=True)]
     print(table(header, rows))
 
-    for number, row in enumerate(read[:SHOWN]):
+    firsts = {row["set"]: number for number, row in reversed(list(enumerate(read)))}  # of each data set
+    for number in [*sorted(firsts.values()), *sorted(set(range(len(read))) - set(firsts.values()))][:SHOWN]:
+        row = read[number]
         print(f"\nsample {number}, of {data_args.datasets[row['set']].label}:")
         print(decoded(processor, row))
         for index, label in enumerate(row["depth_labels"]):
