@@ -1,17 +1,20 @@
-"""Folders of `python -m bench evaluate`: read, and checked against their saved predictions.
+"""Folders of `python -m bench evaluate`: read, checked against their saved predictions, and scored with intervals.
 
 They may be other people's: nothing in a summary is believed that the predictions can tell.
 """
 
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pyarrow.parquet
 
-from . import scoring
+from . import intervals, metrics, scoring
+from .tables import Score
 
 COLUMNS = {  # mode -> those that are read, and have to be there; a table of images has other scores too
     "points": ["id", "source", "scene", "u", "v", "gt", "prediction", "status"],
@@ -55,6 +58,9 @@ def read_results(folder: Path) -> Results:
         raise ValueError(f"{file} cannot be scored ({error}); {REMEDY}") from error
     for difference in differences(scores, {name: summary[name] for name in scores}):
         raise ValueError(f"{file} gives {difference}; {REMEDY}")
+    for name, source in scores["sources"].items():
+        if source["metrics"]["delta1"] is None:
+            raise ValueError(f"{file} scores nothing of {name}; run `python -m bench evaluate` without it")
     table = table.astype({column: "category" for column in TEXT if column in table})  # a tenth of the memory
     return Results(folder, summary, table, scores["sources"])
 
@@ -146,3 +152,131 @@ def check_same_points(runs: list[Results]) -> None:
                     f"{run.folder} and {other.folder} scored different {what}; report them apart, or evaluate both on "
                     "the same build"
                 )
+
+
+# Scores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """A source's scores by the runs of one protocol that have it: of the same images and points."""
+
+    source: str
+    runs: list[Results]
+    units: np.ndarray  # (rows of a run's table,) what is resampled, see `intervals.units_of`
+    scenes: int  # how many of the units are scenes
+    metrics: list[str]  # that all the runs have
+    bounds: np.ndarray  # (2, runs, metrics)
+    replicates: np.ndarray  # (intervals.RESAMPLES, runs) δ1
+
+    def count(self) -> int:
+        return int(self.units.max()) + 1
+
+    def data(self) -> dict:
+        return self.runs[0].summary["data"][self.source]
+
+    def coverage(self) -> str:
+        """Such as "20/1000 images"; "" where none lacks."""
+        images, images_of = self.runs[0].scores[self.source]["images"], self.data()["images_of"]
+        return f"{images}/{images_of} images" if images < images_of else ""
+
+    def score(self, run: Results, metric: str) -> Score:
+        value = run.scores[self.source]["metrics"].get(metric)
+        if metric not in self.metrics:
+            return Score(value)
+        return score_of(value, *self.bounds[:, self.runs.index(run), self.metrics.index(metric)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Runs of one protocol."""
+
+    number: int
+    title: str
+    runs: list[Results]
+    scored: dict[str, Scored]
+
+    def mode(self) -> str:
+        return self.runs[0].summary["protocol"]["mode"]
+
+    def have(self, sources: Sequence[str]) -> list[Results]:
+        """The runs that have all the sources."""
+        return [run for run in self.runs if all(source in run.scores for source in sources)]
+
+    def replicates(self, run: Results, sources: Sequence[str]) -> np.ndarray:
+        """(RESAMPLES,) mean δ1 over the sources; each source is resampled by itself."""
+        parts = [self.scored[source] for source in sources]
+        return np.mean([part.replicates[:, part.runs.index(run)] for part in parts], axis=0)
+
+    def delta1(self, run: Results, sources: Sequence[str]) -> Score:
+        """The unweighted mean over the sources; none where the run lacks one."""
+        if run not in self.have(sources):
+            return Score(None)
+        coverage = self.scored[sources[0]].coverage() if len(sources) == 1 else ""
+        bounds = intervals.bounds(self.replicates(run, sources), self.units(sources))
+        return score_of(mean_delta1(run, sources), *bounds, coverage=coverage)
+
+    def difference(self, run: Results, other: Results, sources: Sequence[str]) -> Score:
+        """δ1 of `run` minus that of `other`, by the paired bootstrap."""
+        value = mean_delta1(run, sources) - mean_delta1(other, sources)
+        replicates = self.replicates(run, sources) - self.replicates(other, sources)
+        return score_of(value, *intervals.bounds(replicates, self.units(sources)))
+
+    def units(self, sources: Sequence[str]) -> int:
+        return min(self.scored[source].count() for source in sources)
+
+
+def mean_delta1(run: Results, sources: Sequence[str]) -> float:
+    return statistics.fmean(run.scores[source]["metrics"]["delta1"] for source in sources)
+
+
+def score_of(value: float | None, low: float, high: float, **fields) -> Score:
+    low, high = (float(bound) if np.isfinite(bound) else None for bound in (low, high))
+    return Score(value, low, high, **fields)
+
+
+def is_beyond_chance(difference: Score) -> bool:
+    return difference.low is not None and (difference.low > 0 or difference.high < 0)
+
+
+def score_sources(runs: list[Results]) -> dict[str, Scored]:
+    """Intervals of all scores of some runs of one protocol, by source."""
+    scored = {}
+    for source in dict.fromkeys(source for run in runs for source in run.scores):
+        members = [run for run in runs if source in run.scores]
+        units, scenes = intervals.units_of(members[0].of(source))
+        by_run = [run.scores[source]["metrics"] for run in members]
+        names = [name for name in by_run[0] if all(name in values for values in by_run)]
+        sums, finish = [], intervals.means
+        for run in members:
+            table = run.of(source)
+            if run.summary["protocol"]["mode"] == "dense":
+                sums.append(intervals.image_sums(table, units, names))
+            elif run.summary["protocol"]["as_released"]:
+                sums.append(intervals.released_sums(table, units))
+            else:
+                sums.append(intervals.point_sums(table, units))
+                finish = metrics.from_sums
+        replicates = finish(intervals.resample(np.stack(sums, axis=1), source))
+        bounds = intervals.bounds(replicates, int(units.max()) + 1)
+        delta1 = replicates[..., names.index("delta1")].copy()  # the rest is not needed any more
+        scored[source] = Scored(source, members, units, scenes, names, bounds, delta1)
+    return scored
+
+
+def best_first(runs: list[Results]) -> list[Results]:
+    """By the mean δ1 over the sources that all have; as given where they share none."""
+    shared = [source for source in runs[0].scores if all(source in run.scores for run in runs)]
+    return sorted(runs, key=lambda run: -mean_delta1(run, shared)) if shared else runs
+
+
+def best_of(group: Group, runs: list[Results], sources: Sequence[str]) -> dict[str, Score]:
+    """Name of a run -> its δ1, the mean over `sources`; with a mark on the best, and on what may equal it."""
+    scores = {run.name: group.delta1(run, sources) for run in runs}
+    members = [run for run in runs if scores[run.name].value is not None]
+    if len(members) > 1:
+        top = max(members, key=lambda run: scores[run.name].value)
+        for run in members:
+            if run is top or not is_beyond_chance(group.difference(top, run, sources)):
+                scores[run.name] = replace(scores[run.name], best=True)
+    return scores

@@ -19,7 +19,8 @@ from test_evaluate import run as evaluate_run
 
 from bench import contestants, figures, manifest, metrics, paper, tables
 from bench.__main__ import main
-from bench.report import add_report, report, worst_first
+from bench.breakdowns import worst_first
+from bench.report import add_report, report
 from bench.results import protocol, read_results
 from bench.scoring import FORMAT
 
