@@ -7,7 +7,7 @@ depth a pixel of the processed image. Text goes the way it goes in Qwen3-VL, bit
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,8 +23,8 @@ from transformers.utils import can_return_tuple
 
 from .configuration_depthvlm import DepthVLMConfig
 
-# in `generate`: the model's id -> {} until the prefill has put its depth there; not on the model, which threads share
-depth_of_generate: ContextVar[dict] = ContextVar("depth_of_generate", default=MappingProxyType({}))
+# id of a model -> the depth that its running `generate` is asked for; not on the model, which threads share
+depth_requests: ContextVar[Mapping[int, "DepthRequest"]] = ContextVar("depth_requests", default=MappingProxyType({}))
 
 
 # arguments of the backbone's forward; what else comes goes to every part of it
@@ -84,6 +84,19 @@ class DepthVLMImageFeatures(BaseModelOutputWithDeepstackFeatures):
 
 
 @dataclass
+class DepthRequest:
+    """
+    The depth that one call of `generate` is asked for.
+
+    callback: see `generate`. cameras: the processor's. predicted_depth: `None` until the prefill has run.
+    """
+
+    callback: Callable[[DepthVLMOutput], None] | None
+    cameras: list[dict] | None
+    predicted_depth: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
 class DepthVLMSeen:
     """
     What the depth head reads of one backbone pass; `DepthVLMModel.forward` fills it in.
@@ -105,6 +118,8 @@ class DepthVLMModel(Qwen3VLModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+        if pixel_values.dtype == torch.uint8:
+            raise ValueError("pixel_values are 8-bit patches; pass processor.normalize_patches(pixel_values) instead")
         features = super().get_image_features(pixel_values, image_grid_thw, **kwargs)
         return DepthVLMImageFeatures(
             **features,
@@ -422,21 +437,28 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             if needs_states
             else outputs.hidden_states,
             attentions=outputs.attentions,
-            predicted_depth=self.predict_depth(seen) if output_depth else None,
+            predicted_depth=self.predict_depth(seen, cameras) if output_depth else None,
             cameras=cameras,
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def predict_depth(self, seen: DepthVLMSeen) -> tuple[torch.Tensor, ...]:
+    def predict_depth(self, seen: DepthVLMSeen, cameras: list[dict] | None = None) -> tuple[torch.Tensor, ...]:
         """
-        Depth from what the backbone has seen (`DepthVLMModel.forward`): the head runs once a group of equal grids.
+        Depth from what the backbone has seen (`DepthVLMModel.forward`): the head runs once per group of equal grids.
 
-        Returns one float32 `(height, width)` an image, as `DepthVLMOutput.predicted_depth`.
+        Returns one float32 `(height, width)` per image, as `DepthVLMOutput.predicted_depth`. Raises `ValueError` where
+        the processor made other grids than the vision tower was given.
         """
         images = self.depth_features(seen)
         groups = {}
         for index, (_, grid) in enumerate(images):
             groups.setdefault(grid, []).append(index)
+            size = tuple(side * self.depth_head.pixels_per_token for side in grid)
+            if cameras is not None and size != tuple(first_of(cameras[index]).get("processed_size", size)):
+                raise ValueError(
+                    f"image {index} has {size[0]}x{size[1]} px by image_grid_thw, but its camera says "
+                    f"{cameras[index]['processed_size']}; pass the processor's batch as it is"
+                )
         depth = [None] * len(images)
         for grid, members in groups.items():
             levels = zip(*(images[index][0] for index in members), strict=True)
@@ -476,19 +498,36 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         head = next(self.depth_head.parameters())
         return [([level[index].to(head.dtype) for level in maps], grid) for index, grid in enumerate(grids)]
 
-    def generate(self, inputs=None, generation_config=None, *, output_depth=None, cameras=None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        *,
+        output_depth: bool | None = None,
+        depth_callback: Callable[[DepthVLMOutput], None] | None = None,
+        cameras: list[dict] | None = None,
+        **kwargs,
+    ):
         r"""
         As Qwen3-VL's `generate`. With `return_dict_in_generate=True` the output also holds `predicted_depth`, one map
-        for each image of the prompt (not one a returned sequence), made by the prefill that the answer starts from.
+        per image of the prompt (not per returned sequence), made by the prefill that the answer starts from.
 
-        output_depth (`bool`, *optional*): `False` leaves depth out, `True` insists; by default it comes with the dict.
-        cameras (list of dict, one an image): the processor's, handed on to the output for post-processing.
+        output_depth (`bool`, *optional*): `False` leaves depth out, `True` insists; by default it comes with the dict,
+            and with `depth_callback`.
+        depth_callback (callable, *optional*): called once, as soon as the prefill has depth and before the first token
+            goes to a streamer, in the thread of `generate`, with an output that holds `predicted_depth` and `cameras`
+            for `processor.post_process_depth_estimation`.
+        cameras (list of dict, one per image): the processor's, handed on to the output for post-processing.
+
+        A conversation goes on from the cache of an earlier output with `processor.follow_up(outputs, question)`.
         """
         settings = generation_config or self.generation_config
         returns_dict = kwargs.get("return_dict_in_generate", settings.return_dict_in_generate)
-        if output_depth and not returns_dict:
+        if output_depth and not returns_dict and depth_callback is None:
             raise ValueError("output_depth=True needs return_dict_in_generate=True; a tensor has no room for depth")
-        output_depth = bool(returns_dict) if output_depth is None else output_depth
+        if depth_callback is not None and output_depth is False:
+            raise ValueError("depth_callback came with output_depth=False; leave one of them out")
+        output_depth = bool(returns_dict) or depth_callback is not None if output_depth is None else output_depth
         pixel_values, grid = kwargs.get("pixel_values"), kwargs.get("image_grid_thw")
         check_image_inputs(self.config, kwargs.get("input_ids", inputs), pixel_values, grid, cameras, output_depth)
         if pixel_values is not None and kwargs.get("mm_token_type_ids") is None:
@@ -500,28 +539,47 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             raise ValueError(
                 "prefill_chunk_size cuts images into pieces without depth; leave it out or pass output_depth=False"
             )
-        found = {} if output_depth else None
-        token = depth_of_generate.set(depth_of_generate.get() | {id(self): found})
+        request = DepthRequest(depth_callback, cameras) if output_depth else None
+        token = depth_requests.set({**depth_requests.get(), id(self): request})
         try:
             outputs = super().generate(inputs, generation_config, **kwargs)
         finally:
-            depth_of_generate.reset(token)  # to another `generate`'s where a model assists itself
-        if not output_depth:
+            depth_requests.reset(token)  # to another `generate`'s where a model assists itself
+        if request is None or not returns_dict:
             return outputs
         is_beam = isinstance(outputs, GenerateBeamDecoderOnlyOutput)
         output_class = DepthVLMGenerateBeamOutput if is_beam else DepthVLMGenerateOutput
-        return output_class(**outputs, predicted_depth=found.get("predicted_depth", ()), cameras=cameras)
+        return output_class(**outputs, predicted_depth=request.predicted_depth or (), cameras=cameras)
 
     @functools.wraps(Qwen3VLForConditionalGeneration.prepare_inputs_for_generation)  # `generate` reads its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        model_inputs["output_depth"] = depth_of_generate.get().get(id(self)) == {}  # asked for, and not there yet
-        return model_inputs
+        request = depth_requests.get().get(id(self))
+        is_prefill = request is not None and request.predicted_depth is None
+        return model_inputs | {"output_depth": is_prefill, "cameras": request.cameras if is_prefill else None}
 
-    def _update_model_kwargs_for_generation(self, outputs, *args, **kwargs):
-        if (found := depth_of_generate.get().get(id(self))) == {}:
-            found["predicted_depth"] = outputs.predicted_depth
-        return super()._update_model_kwargs_for_generation(outputs, *args, **kwargs)
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        request = depth_requests.get().get(id(self))
+        if request is not None and request.predicted_depth is None:
+            request.predicted_depth = outputs.predicted_depth
+            if request.callback is not None:
+                depth = DepthVLMOutput(predicted_depth=outputs.predicted_depth, cameras=request.cameras)
+                request.callback(depth)
+        positions, cache = model_kwargs.get("position_ids"), outputs.get(CACHE)
+        if cache is not None and positions is not None and len(positions) == 4:
+            # text positions, then three of M-RoPE: what a later `generate` on this cache has to add to the former
+            cache.rope_deltas = positions[1, :, -1:] - positions[0, :, -1:]
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """As Qwen3-VL's, which would take the `rope_deltas` of the model's last prompt, whosever that was."""
+        deltas = getattr(model_kwargs.get(CACHE), "rope_deltas", None)
+        if deltas is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        positions = super(Qwen3VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
+            inputs_tensor, model_kwargs
+        )
+        return positions[None] + deltas
 
 
 def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -549,6 +607,11 @@ def select_states(states, asked: bool | int | list[int] | None):
     return tuple(state if place in places else None for place, state in enumerate(states))
 
 
+def first_of(camera: dict | list[dict]) -> dict:
+    """A camera, which a pipeline's batch wraps in a list."""
+    return camera[0] if isinstance(camera, list) else camera
+
+
 def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras, output_depth):
     """Refuse, in a sentence, image inputs that do not belong together."""
     if pixel_values is None:
@@ -562,8 +625,7 @@ def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras,
         )
     if cameras is not None and len(cameras) != len(image_grid_thw):
         raise ValueError(f"got {len(cameras)} cameras for {len(image_grid_thw)} images; pass one an image, or None")
-    for camera in cameras or ():
-        camera = camera[0] if isinstance(camera, list) else camera  # a pipeline's batch has a list a photo
+    for camera in map(first_of, cameras or ()):
         sized_for = camera.get("canonical_focal_length", config.canonical_focal_length)
         if sized_for != config.canonical_focal_length:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Photos from whatever holds them: upright RGB, and the focal length in px that their EXIF data state."""
 
 import base64
+import contextlib
 import io
 import math
 import os
@@ -13,12 +14,13 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Beyond these fields of view, in degrees over the longer side, a focal length is a mistake (millimetres, most often).
 FIELD_OF_VIEW = (1.0, 160.0)
 CROPPED = 0.02  # an aspect ratio that differs by more from EXIF's is a crop's
 SMALLEST_FILE = 32  # bytes; no image is shorter
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 FULL_FRAME_DIAGONAL = math.hypot(36, 24)  # mm, of the film that "35 mm equivalent" refers to
 EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH, EXIF_HEIGHT = 0x8769, 37386, 41989, 40962, 40963
 EXIF_FOCAL_PLANE_X_RESOLUTION, EXIF_FOCAL_PLANE_UNIT = 41486, 41488
@@ -26,15 +28,29 @@ MILLIMETRES = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # a focal plane resolution u
 
 
 def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
-    """A photo in any accepted form -> upright RGB image and its EXIF focal length in px (None without)."""
+    """
+    A photo -> upright RGB image and its EXIF focal length in px at the image's size (`None` without).
+
+    image: a PIL image, a path, a URL, base64 text, the bytes of a file, an open binary file, a `{"bytes", "path"}` of
+    `datasets`, or an array (see `from_array`). name: of the photo in messages. Raises `TypeError` for anything else,
+    `ValueError` for what cannot be read.
+    """
     source = image
     try:
+        if isinstance(image, dict) and (image.get("bytes") is not None or image.get("path") is not None):
+            image = image["bytes"] if image.get("bytes") is not None else image["path"]
         if isinstance(image, (str, Path)):
-            image = Image.open(image_file(image))
-        elif isinstance(image, (np.ndarray, torch.Tensor)):
+            image = image_file(image)
+        if isinstance(image, (bytes, bytearray)):
+            image = io.BytesIO(image)
+        if isinstance(image, (np.ndarray, torch.Tensor)):
             image = from_array(image)
+        elif isinstance(image, Path) or hasattr(image, "read"):
+            image = open_image_file(image)
         if not isinstance(image, Image.Image):
-            raise TypeError(f"{name} is a {type(image).__name__}; pass a PIL image, a path, a URL or an array")
+            raise TypeError(
+                f"{name} is a {type(source).__name__}; pass a PIL image, a path, a URL, bytes, a file or an array"
+            )
         if 0 in image.size:
             raise ValueError(f"its size is {image.size[0]}x{image.size[1]}")
         image.load()
@@ -58,32 +74,57 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         ) from error
 
 
-def image_file(source: str | Path):
-    """What a path, a URL or base64 text points to, for `Image.open`: whole, unlike `load_image`'s 8-bit RGB."""
+def open_image_file(file) -> Image.Image:
+    """`Image.open` of a path or a binary file, HEIC included where pillow-heif is installed."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+            opened.seek(0)
+            head = opened.read(12)
+        if head[4:8] != b"ftyp" or head[8:12] not in HEIC_BRANDS:
+            raise
+        try:
+            import pillow_heif
+        except ImportError as error:
+            raise ValueError("HEIC is read by a package that is missing: pip install pillow-heif") from error
+        pillow_heif.register_heif_opener()
+        return Image.open(file)
+
+
+def image_file(source: str | Path) -> Path | bytes:
+    """The file that a path names, or the bytes of a URL or base64 text: whole, unlike `load_image`'s 8-bit RGB."""
     if os.path.isfile(source):
-        return source
+        return Path(source)
     if os.path.isdir(source):
         raise IsADirectoryError("it is a folder")
     source = str(source)
     if source.startswith(("http://", "https://")):
         source = quote(source, safe=string.punctuation)  # of what may not stand in a URL: spaces, umlauts
         with urlopen(Request(source, headers={"User-Agent": "depthvlm"}), timeout=60) as response:
-            return io.BytesIO(response.read())
+            return response.read()
     try:
         data = base64.b64decode("".join(source.split(",")[-1].split()), validate=True)
     except ValueError:
         data = b""
     if len(data) < SMALLEST_FILE:  # a path, even if its letters happen to be base64
         raise FileNotFoundError("no such file")
-    return io.BytesIO(data)
+    return data
 
 
 def from_array(array) -> Image.Image:
-    """`(H, W)`, `(H, W, C)` or `(C, H, W)` of 1, 3 or 4 channels: 8 bits, floats from 0 to 1, or 16 bits in gray."""
+    """
+    `(H, W)`, `(H, W, C)` or `(C, H, W)` of 1, 3 or 4 channels: 8 bits, floats from 0 to 1, or 16 bits in gray.
+
+    Raises `ValueError` for another shape, type or range, and where the first axis may be the channels as well as the
+    last.
+    """
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()
     shape = array.shape
+    if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[-1] in (1, 3, 4):
+        raise ValueError(f"an array of shape {shape} has its channels first or last; pass a PIL image instead")
     if array.ndim == 3 and shape[-1] not in (1, 3, 4):
         array = np.moveaxis(array, 0, -1)
     if 0 in shape or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
