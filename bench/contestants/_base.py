@@ -66,6 +66,7 @@ class Contestant:
     quantity: ClassVar[str] = "z"  # or "ray": Euclidean distance to the camera; the scorer converts it
     uses_intrinsics: ClassVar[bool] = False  # whether it is told the camera, so that tables can say so
     batch_safe: ClassVar[bool] = True  # False: an image's result depends on its batch, so it is run alone
+    estimates_camera: ClassVar[bool] = False  # whether `focal_length` can be asked, for predict.py's --camera-from
     deterministic: ClassVar[bool] = True
     served_at: str = ""  # the address that its answers come from, if it is not run here
     model_types: ClassVar[tuple[str, ...]] = ()  # of config.json, for `--model CHECKPOINT` without NAME
@@ -82,6 +83,10 @@ class Contestant:
 
     def maps(self, queries: list[Query]) -> list[np.ndarray]:
         """One (H, W) float32 a query, metres at the image's own size; not finite or <= 0 where it knows none."""
+        raise NotImplementedError
+
+    def focal_length(self, image: Image.Image) -> float:
+        """Along x, in px of the image, as the model estimates it."""
         raise NotImplementedError
 
     def answers(self, queries: list[Query]) -> list[list[Answer]]:

@@ -14,6 +14,7 @@ from ._base import Contestant, package
 class MoGe(Contestant):
     title = "MoGe-2"
     dense = True
+    estimates_camera = True
 
     def __init__(self, checkpoint, device="cpu", dtype="float32"):
         if dtype == "bfloat16":
@@ -30,8 +31,15 @@ class MoGe(Contestant):
         return [self.map(np.array(query.image)) for query in queries]
 
     def map(self, rgb):
+        return self.infer(rgb)["depth"].float().numpy(force=True)
+
+    @torch.inference_mode()
+    def focal_length(self, image):
+        return self.infer(np.array(image))["intrinsics"][0, 0].item() * image.width  # stored relative to the width
+
+    def infer(self, rgb):
         image = torch.from_numpy(rgb).permute(2, 0, 1) / 255
-        return self.model.infer(image, apply_mask=False, use_fp16=self.half)["depth"].float().numpy(force=True)
+        return self.model.infer(image, apply_mask=False, use_fp16=self.half)
 
 
 CONTESTANT = MoGe
