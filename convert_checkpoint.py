@@ -186,7 +186,7 @@ def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
 
 
 def check_tensors(source: Path, tensors: dict, model: DepthVLMForConditionalGeneration, has_head: bool):
-    """Refuse a source whose tensors are no floats, or not exactly the model's (a base: the depth head's)."""
+    """Refuse tensors that are no floats, or not exactly the model's (without the depth head's, for a base)."""
     if quantized := {name: dtype for name, (_, _, dtype) in tensors.items() if dtype not in DTYPES}:
         raise ValueError(
             f"{source} holds tensors of {', '.join(sorted(set(quantized.values())))}, not {', '.join(DTYPES)}: "

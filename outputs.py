@@ -27,7 +27,11 @@ SUFFIXES = {  # what --save names -> how its file ends
     "json": ".json",
 }
 CLOUDS = ("ply", "glb")
-COLORS = (colormaps["turbo_r"](np.linspace(0, 1, 256))[:, :3] * 255 + 0.5).astype(np.uint8)  # near is red
+SHADES = 240  # of the colours of depth; what is left of a palette are greys, for the scale
+PALETTE = np.concatenate(  # near is red
+    [colormaps["turbo_r"](np.linspace(0, 1, SHADES)), colormaps["gray"](np.linspace(0, 1, 256 - SHADES))]
+)
+PALETTE = (PALETTE[:, :3] * 255 + 0.5).astype(np.uint8)
 TICKS = [step * 10.0**power for power in range(-3, 5) for step in (1, 2, 5)]  # metres on a scale
 MAX_PICTURE_PIXELS = 2_000_000
 MAX_TEXTURE_SIDE = 2048
@@ -110,46 +114,46 @@ def color_limits(depth: np.ndarray) -> tuple[float, float]:
     return float(near), float(max(far, near * 1.01))
 
 
-def color_map(depth: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
-    """RGB of each depth, `(..., 3)` uint8, by its logarithm: near things keep most of the colours."""
+def color_index(depth: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
+    """Each depth's place in `PALETTE`, uint8, by its logarithm: near things keep most of the colours."""
     near, far = limits
-    index = np.log(depth / near) * (255 / math.log(far / near))
-    return COLORS.take(np.clip(index + 0.5, 0, 255).astype(np.uint8), axis=0)
+    shade = np.log(depth / near) * (SHADES / math.log(far / near))
+    return np.clip(shade, 0, SHADES - 1).astype(np.uint8)
 
 
 def color_png(depth: np.ndarray) -> bytes:
-    """The map in colours over a scale in metres; a large map is thinned out."""
+    """The map in colours over a scale in metres, with a palette; a large map is thinned out."""
     thinned = depth[(slice(None, None, math.ceil(math.sqrt(depth.size / MAX_PICTURE_PIXELS))),) * 2]
     limits = color_limits(thinned)
-    picture = Image.fromarray(color_map(thinned, limits))
-    scale = draw_scale(max(picture.width, 240), limits)
-    page = Image.new("RGB", (scale.width, picture.height + scale.height), "white")
-    page.paste(picture, ((page.width - picture.width) // 2, 0))
-    page.paste(scale, (0, picture.height))
+    scale = draw_scale(max(thinned.shape[1], 240), limits)
+    page = Image.new("P", (scale.width, len(thinned) + scale.height), 255)
+    page.putpalette(PALETTE.tobytes())
+    page.paste(Image.fromarray(color_index(thinned, limits)), ((page.width - thinned.shape[1]) // 2, 0))
+    page.paste(scale, (0, len(thinned)))
     file = io.BytesIO()
     page.save(file, "png", compress_level=1)
     return file.getvalue()
 
 
 def draw_scale(width: int, limits: tuple[float, float]) -> Image.Image:
-    """A bar of `color_map`'s colours, `width` px wide, with round metres below it."""
+    """A bar of the colours, `width` px wide, with round metres below it; values are places in `PALETTE`."""
     size = min(max(width // 45, 12), 32)
-    font, margin, bar = ImageFont.load_default(size=size), 2 * size, size
+    font, margin, length = ImageFont.load_default(size=size), 2 * size, width - 4 * size
     near, far = limits
-    scale = Image.new("RGB", (width, 3 * size + bar // 2), "white")
-    length = width - 2 * margin
-    steps = near * (far / near) ** np.linspace(0, 1, length, dtype=np.float32)
-    scale.paste(Image.fromarray(np.tile(color_map(steps, limits), (bar, 1, 1))), (margin, bar // 2))
-    draw, free = ImageDraw.Draw(scale), 0.0
+    labels, free = Image.new("L", (width, 3 * size + size // 2), "white"), 0.0
+    draw = ImageDraw.Draw(labels)
     for tick in round_metres(near, far):
         x = margin + length * math.log(tick / near) / math.log(far / near)
         label = f"{tick:g} m"
         half = draw.textlength(label, font=font) / 2
         if x - half < free or x + half > width:
             continue
-        draw.line([(x, 1.5 * bar), (x, 1.8 * bar)], fill="black", width=max(1, size // 12))
-        draw.text((x, 1.9 * bar), label, fill="black", font=font, anchor="ma")
+        draw.line([(x, 1.5 * size), (x, 1.8 * size)], fill="black", width=max(1, size // 12))
+        draw.text((x, 1.9 * size), label, fill="black", font=font, anchor="ma")
         free = x + half + size / 2
+    scale = labels.point(lambda grey: SHADES + grey // 16)
+    bar = np.tile(np.linspace(0, SHADES - 1, length).round(), (size, 1)).astype(np.uint8)
+    scale.paste(Image.fromarray(bar), (margin, size // 2))
     return scale
 
 
@@ -198,9 +202,10 @@ def ply(depth: np.ndarray, camera: dict, colors: np.ndarray, points: int) -> byt
     """
     step = cloud_step(*depth.shape, points)
     kept = on_surface(depth, camera, step)
-    vertices = np.empty((int(kept.sum()), 15), np.uint8)
-    vertices[:, :12] = unproject(depth, camera, step)[kept].astype("<f4").view(np.uint8)
-    vertices[:, 12:] = colors[kept]
+    vertices = np.empty((*kept.shape, 15), np.uint8)
+    vertices[..., :12] = unproject(depth, camera, step).astype("<f4").view(np.uint8)
+    vertices[..., 12:] = colors
+    vertices = vertices.view("V15")[..., 0][kept]
     header = ["ply", "format binary_little_endian 1.0", "comment x right, y down, z forward, metres"]
     header += [f"element vertex {len(vertices)}", *(f"property float {axis}" for axis in "xyz")]
     header += [*(f"property uchar {channel}" for channel in ("red", "green", "blue")), "end_header\n"]

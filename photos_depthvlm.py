@@ -67,7 +67,8 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         HTTPException,
     ) as error:
         shown = f" ({str(source)[:200]!r})" if isinstance(source, (str, Path)) else ""
-        reason = " ".join(str(error).split())[:300]
+        known = not isinstance(error, UnidentifiedImageError)  # which names a Python object
+        reason = " ".join(str(error).split())[:300] if known else "cannot identify its format"
         smaller = " of fewer pixels" if isinstance(error, Image.DecompressionBombError) else ""
         raise ValueError(
             f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo{smaller}"

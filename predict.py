@@ -201,20 +201,21 @@ def find_sources(args: argparse.Namespace) -> tuple[list[tuple[str, Path]], list
         if is_url(photo):
             name = Path(unquote(urlsplit(photo).path)).stem
             add(photo, Path(re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "photo"))
-        elif not Path(photo).is_dir():
+        elif not os.path.isdir(photo):
             add(photo, Path(Path(photo).stem))
         else:
             others = Counter()
             for folder, subfolders, files in os.walk(photo):
-                hidden = [name for name in subfolders if name.startswith(".")]
-                subfolders[:] = sorted(name for name in subfolders if Path(folder, name).resolve() != output)
+                names = [name for name in (*subfolders, *files) if not name.startswith(".")]
+                others["hidden ones"] += len(subfolders) + len(files) - len(names)
+                subfolders[:] = [
+                    name for name in sorted(subfolders) if name in names and Path(folder, name).resolve() != output
+                ]
                 if not args.recursive:
                     others["folders, for which there is --recursive"] += len(subfolders)
                     subfolders.clear()
-                subfolders[:] = [name for name in subfolders if name not in hidden]
-                for name in sorted(files):
-                    path = Path(folder, name)
-                    if path.suffix.lower() in PHOTO_SUFFIXES | videos.SUFFIXES and not name.startswith("."):
+                for path in (Path(folder, name) for name in sorted(files) if name in names):
+                    if path.suffix.lower() in PHOTO_SUFFIXES | videos.SUFFIXES:
                         add(str(path), path.relative_to(photo).with_suffix(""))
                     else:
                         others[f"files {path.suffix or 'without a suffix'}"] += 1
@@ -232,7 +233,7 @@ def is_video(photo: str) -> bool:
 
 def check_outputs(sources: list[tuple[str, Path]], args: argparse.Namespace) -> None:
     """Raise before anything is loaded where a file would be replaced, without --overwrite or a photo in any case."""
-    photos = {os.path.realpath(photo) for photo, _ in sources if not is_url(photo)}
+    photos = {os.path.realpath(photo) for photo, _ in sources if os.path.isfile(photo)}
     formats = args.save or VIDEO_FILES
     if any(is_video(photo) for photo, _ in sources) and "color" in formats and "png" not in formats:
         raise ValueError("a depth video is made of its frames' PNGs; add png to --save")
@@ -284,7 +285,7 @@ def load(model: str, device: str, dtype: str = "auto", quantize: str | None = No
     (model, processor) of a folder or a hub id, ready to predict.
 
     quantize: "int8" or "int4", by bitsandbytes; the depth head and the LM head stay in `dtype`. Raises `ValueError`
-    where that package is missing.
+    where that package is missing, or `model` is a file.
     """
     import torch
     from transformers import BitsAndBytesConfig
@@ -292,6 +293,8 @@ def load(model: str, device: str, dtype: str = "auto", quantize: str | None = No
     from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
     from depthvlm.processing_depthvlm import DepthVLMProcessor
 
+    if os.path.isfile(model):
+        raise ValueError(f"model {model} is a file; pass a checkpoint's folder, or a hub id")
     options = {"dtype": dtype}
     if quantize:
         getLogger("bitsandbytes").setLevel("ERROR")  # it warns of the same cast at each layer of each pass

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from depthvlm.files import open_whole
-from depthvlm.outputs import color_limits, color_map, draw_scale
+from depthvlm.outputs import PALETTE, color_index, color_limits, draw_scale
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp"}
 
@@ -57,12 +57,12 @@ def write_depth_video(path: Path, maps: list[Path], fps: float, overwrite: bool)
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "18"})
         stream.pix_fmt = "yuv420p"
         for index, source in enumerate(maps):
-            picture = color_map(read_map(source), limits)
+            picture = color_index(read_map(source), limits)
             if index == 0:
                 scale = np.asarray(draw_scale(picture.shape[1], limits))
                 stream.height, stream.width = (side // 2 * 2 for side in (len(picture) + len(scale), picture.shape[1]))
-            page = np.concatenate([picture, scale])[: stream.height, : stream.width]
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(page), format="rgb24")):
+            page = PALETTE[np.concatenate([picture, scale])[: stream.height, : stream.width]]
+            for packet in stream.encode(av.VideoFrame.from_ndarray(page, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode(None):
             container.mux(packet)
