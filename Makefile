@@ -1,4 +1,5 @@
 # make demo: depth of the sample images, and the checkpoint's score on held-out frames.
+# make app: the web page, on this machine alone.
 # make test: everything that CI runs.  make test-newest: the compatibility tests on the newest releases, tested or not.
 # make tiny: trains the tiny checkpoint.
 PYTHON ?= python3
@@ -8,9 +9,9 @@ NEWEST := .venv-newest
 DATASETS3 := .venv-datasets3
 # What depends on the version of transformers: model, processor, pipeline, training, the lmms-eval plug-in, the README.
 COMPATIBILITY := $(addprefix tests/test_,repository.py configuration.py modeling.py processing.py convert_checkpoint.py \
-	predict.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
+	predict.py handler.py app.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
 
-.PHONY: demo test test-newest tiny lint clean
+.PHONY: demo app test test-newest tiny lint clean
 
 demo: .venv/.installed
 	$(BIN)/python predict.py samples/*.jpg --output output
@@ -18,6 +19,9 @@ demo: .venv/.installed
 	rm -rf output/scores
 	$(BIN)/python -m bench evaluate --model . --data output/held_out --out output/scores
 	@echo "The pictures lie in output/: open output/*_color.png"
+
+app: .venv/.app
+	$(BIN)/python app.py
 
 test: .venv/.dev $(OLDEST)/.installed $(DATASETS3)/.installed lint
 	$(BIN)/python -m pytest -q
@@ -48,6 +52,10 @@ lint: .venv/.dev
 
 .venv/.dev: .venv/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+.venv/.app: .venv/.installed
+	$(BIN)/python -m pip install --quiet -e ".[app,heic,video]" -c constraints.txt
 	touch $@
 
 # The oldest supported transformers over the rest of .venv.

@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 UNITS = ["px", "mm (35 mm equivalent)", "degrees (field of view)"]
 MEDIA_TYPES = {"png": "image/png", "color": "image/png", "ply": "application/octet-stream", "glb": "model/gltf-binary"}
 MEDIA_TYPES |= {"npz": "application/octet-stream", "json": "application/json"}
+STYLE = "body[data-drawing] #chat [data-testid=bot] { visibility: hidden }"
 LINKS_STYLE = "ul { display: flex; flex-wrap: wrap; gap: 4px 20px; padding: 0; margin: 0 } li { list-style: none }"
 MAX_PHOTOS, MAX_FRAMES = 20, 60
 # of Gradio's own routes those that read from the network, or write what a visitor did to a disk
@@ -484,6 +485,7 @@ class Page:
                 "routes": [Route("/download/{token}/{name}", download)],
                 "middleware": [Middleware(Closed)],
             },
+            "css": STYLE,
             "footer_links": ["api"],
             "run_history": False,
         }

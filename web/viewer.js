@@ -22,6 +22,7 @@ async function load() {
     show();
     return;
   }
+  document.body.toggleAttribute("data-drawing", true); // words wait for the map: see page.py's STYLE
   const data = JSON.parse(value);
   const same = view.map && view.map.key === data.key; // only the focal length is another one
   const [values, photo] = await Promise.all([inflate(data.depth), picture(data.photo)]);
@@ -30,6 +31,7 @@ async function load() {
   view.map = { ...data, values: depth, photo, colors: paint(data, depth) };
   if (!same) Object.assign(view, { points: [], at: null });
   show();
+  document.body.removeAttribute("data-drawing");
 }
 
 function picture(source) {

@@ -26,11 +26,17 @@ class Download:
 
 @dataclass
 class Visit:
-    """One open page. made_with: the file and detail of `result`. downloads: by part of the page and secret token."""
+    """
+    One open page.
+
+    made_with: the file and detail of `result`. files: what the page shows; former: what it showed before, and may still
+    be loading. downloads: by part of the page and secret token.
+    """
 
     result: Result | None = None
     made_with: tuple = ()
     files: set[Path] = field(default_factory=set)
+    former: set[Path] = field(default_factory=set)
     downloads: dict[str, dict[str, Download]] = field(default_factory=dict)
 
 
@@ -52,9 +58,9 @@ class Visits:
             return self.visits.setdefault(session, Visit())
 
     def claim(self, visit: Visit, *files: str | Path) -> None:
-        """The visit's files; those that it had and no longer names are removed."""
+        """The visit's files; those that it had before its last ones are removed."""
         with self.lock:
-            visit.files, old = {Path(file) for file in files}, visit.files
+            visit.files, visit.former, old = {Path(file) for file in files}, visit.files, visit.former
             self._remove(old)
 
     def leave(self, session: str) -> None:
@@ -62,7 +68,7 @@ class Visits:
             visit = self.visits.pop(session, Visit())
             if visit.result is not None:
                 self.engine.forget(visit.result)
-            self._remove(visit.files)
+            self._remove(visit.files | visit.former)
         self.sweep()
 
     def sweep(self) -> None:
@@ -90,7 +96,7 @@ class Visits:
         return None
 
     def _remove(self, files) -> None:
-        used = self.kept.union(*(visit.files for visit in self.visits.values()))
+        used = self.kept.union(*(visit.files | visit.former for visit in self.visits.values()))
         for path in set(files) - used:
             path.unlink(missing_ok=True)
             if path.parent != self.folder and path.parent.is_dir() and not any(path.parent.iterdir()):
