@@ -14,7 +14,7 @@ COMPATIBILITY := $(addprefix tests/test_,repository.py configuration.py modeling
 .PHONY: demo app test test-newest tiny lint clean
 
 demo: .venv/.installed
-	$(BIN)/python predict.py samples/*.jpg --output output
+	$(BIN)/python predict.py samples/room.jpg samples/street.jpg --output output --overwrite
 	$(BIN)/python -m bench build procedural --out output/held_out --split test --max-frames 100
 	rm -rf output/scores
 	$(BIN)/python -m bench evaluate --model . --data output/held_out --out output/scores

@@ -359,7 +359,7 @@ class Page:
     def build_photo(self):
         model = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         quick = {"concurrency_limit": None, "api_visibility": "private"}
-        with gr.Row():
+        with gr.Row():  # what a phone shows first comes first
             with gr.Column(scale=1, min_width=300):
                 photo = photo_input(
                     label="Photo", sources=["upload", "webcam", "clipboard"], height=260, elem_id="photo"
@@ -368,15 +368,25 @@ class Page:
                     label="Question", placeholder="How far is the door from the camera?", elem_id="question"
                 )
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
+            with gr.Column(scale=2, min_width=300):
+                viewer = gr.HTML(
+                    value="",
+                    html_template=(HERE / "viewer.html").read_text(encoding="utf-8"),
+                    css_template=(HERE / "viewer.css").read_text(encoding="utf-8"),
+                    js_on_load=(HERE / "viewer.js").read_text(encoding="utf-8"),
+                    elem_id="viewer",
+                )
+                status = gr.Markdown(elem_id="status")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                chat = gr.Chatbot(label="Answers", height=200, elem_id="chat", buttons=["copy"])
                 gr.Examples([list(sample) for sample in self.samples], [photo, question], elem_id="examples")
-                chat = gr.Chatbot(label="Answers", height=240, elem_id="chat", buttons=["copy"])
                 with gr.Accordion("Camera", open=False, elem_id="camera"):
                     camera = gr.Markdown(elem_id="camera-text")
                     focal = gr.Number(label="Correct it", minimum=0, elem_id="focal")
                     unit = gr.Dropdown(UNITS, value=UNITS[0], label="Unit", elem_id="unit")
-                    with gr.Row():
-                        rescale = gr.Button("Rescale metres", elem_id="rescale")
-                        again = gr.Button("Run again with it", elem_id="again")
+                    rescale = gr.Button("Rescale metres", size="sm", elem_id="rescale")
+                    again = gr.Button("Run again with it", size="sm", elem_id="again")
                     gr.Markdown("Rescaling is immediate. A new run also shows the photo to the model at another size.")
                 detail = gr.Slider(
                     4,
@@ -387,16 +397,8 @@ class Page:
                     elem_id="detail",
                 )
             with gr.Column(scale=2, min_width=300):
-                viewer = gr.HTML(
-                    value="",
-                    html_template=(HERE / "viewer.html").read_text(encoding="utf-8"),
-                    css_template=(HERE / "viewer.css").read_text(encoding="utf-8"),
-                    js_on_load=(HERE / "viewer.js").read_text(encoding="utf-8"),
-                    elem_id="viewer",
-                )
-                status = gr.Markdown(elem_id="status")
                 cloud = gr.Model3D(
-                    label="Cloud: drag to turn it; what is beyond three times the median distance is left out",
+                    label="Cloud, without what is very far",
                     height=380,
                     camera_position=(90, 80, None),
                     elem_id="cloud",

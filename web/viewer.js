@@ -173,6 +173,7 @@ function mark(context) {
 function drawScale() {
   const { map } = view;
   const canvas = find(".scale");
+  canvas.width = Math.min(640, find(".panel").clientWidth);
   const context = canvas.getContext("2d");
   const margin = 24;
   const length = canvas.width - 2 * margin;
