@@ -1,4 +1,5 @@
 # make demo: depth of the sample images, and the checkpoint's score on held-out frames.
+# make app: the web page, on this machine alone.
 # make test: everything that CI runs.  make test-newest: the compatibility tests on the newest releases, tested or not.
 # make test-peers: contestants of the benchmark beside their authors' code; downloads some gigabytes.
 # make tiny: trains the tiny checkpoint.
@@ -11,16 +12,19 @@ MOGE := .venv-moge
 PEERS := .venv-peers
 # What depends on the version of transformers: model, processor, pipeline, training, the lmms-eval plug-in, the README.
 COMPATIBILITY := $(addprefix tests/test_,repository.py configuration.py modeling.py processing.py convert_checkpoint.py \
-	predict.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
+	predict.py handler.py app.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
 
-.PHONY: demo test test-newest test-peers tiny lint clean
+.PHONY: demo app test test-newest test-peers tiny lint clean
 
 demo: .venv/.installed
-	$(BIN)/python predict.py samples/*.jpg --output output
+	$(BIN)/python predict.py samples/room.jpg samples/street.jpg --output output --overwrite
 	$(BIN)/python -m bench build procedural --out output/held_out --split test --max-frames 100
 	rm -rf output/scores
 	$(BIN)/python -m bench evaluate --model . --data output/held_out --out output/scores
 	@echo "The pictures lie in output/: open output/*_color.png"
+
+app: .venv/.app
+	$(BIN)/python app.py
 
 test: .venv/.dev $(OLDEST)/.installed $(DATASETS3)/.installed $(MOGE)/.installed lint
 	$(BIN)/python -m pytest -q
@@ -61,13 +65,16 @@ lint: .venv/.dev
 	$(BIN)/python -m pip install --quiet -e ".[readers]" -r requirements-dev.txt -c constraints.txt
 	touch $@
 
+.venv/.app: .venv/.installed
+	$(BIN)/python -m pip install --quiet -e ".[app,heic,video]" -c constraints.txt
+	touch $@
+
 # $(call over,FOLDER): a virtual environment that sees .venv's packages beneath its own.
 SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 define over
 	$(PYTHON) -m venv $(1)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE))')" > "$$($(1)/bin/python $(SITE))/shared.pth"
 endef
-
 # The oldest supported transformers over the rest of .venv.
 $(OLDEST)/.installed: .venv/.dev
 	$(call over,$(OLDEST))

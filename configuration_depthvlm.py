@@ -114,9 +114,11 @@ class DepthVLMConfig(Qwen3VLConfig):
         focal = self.canonical_focal_length
         if not isinstance(focal, (int, float)) or not math.isfinite(focal) or focal <= 0:
             raise ValueError(f"canonical_focal_length is {focal!r}; it must be a positive number of pixels")
-        taps = self.vision_config.deepstack_visual_indexes
-        if self.depth_feature_source != "llm" and len(taps) != 3:
-            raise ValueError(f"vision_config.deepstack_visual_indexes is {taps}; the depth head reads three levels")
+        taps, blocks = self.vision_config.deepstack_visual_indexes, self.vision_config.depth
+        if self.depth_feature_source != "llm" and (len(taps) != 3 or any(not 0 <= tap < blocks for tap in taps)):
+            raise ValueError(
+                f"vision_config.deepstack_visual_indexes is {taps}; the depth head reads three of {blocks} blocks"
+            )
         depth = self.text_config.num_hidden_layers
         if self.depth_llm_layers is None and self.depth_feature_source == "llm":
             self.depth_llm_layers = [depth * quarter // 4 - 1 for quarter in (1, 2, 3)]

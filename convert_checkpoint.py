@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jinja2
 import torch
 import yaml
 from huggingface_hub import HfApi, snapshot_download
@@ -27,14 +28,22 @@ from transformers import Qwen3VLConfig
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-from depthvlm.processing_depthvlm import DepthVLMProcessor
+from depthvlm.processing_depthvlm import DEPTH_PROMPT, DepthVLMProcessor
 
 ROOT = Path(__file__).resolve().parent
-CODE = ("configuration_depthvlm.py", "modeling_depthvlm.py", "photos_depthvlm.py", "processing_depthvlm.py")
+CODE = (
+    "configuration_depthvlm.py",
+    "handler.py",
+    "modeling_depthvlm.py",
+    "photos_depthvlm.py",
+    "processing_depthvlm.py",
+)
 TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+VOCABULARY = ("vocab.json", "merges.txt")  # where there is no tokenizer.json
 # a sub-processor's section in processor_config.json, and its own file
 IMAGE_PROCESSOR = ("image_processor", "preprocessor_config.json")
 VIDEO_PROCESSOR = ("video_processor", "video_preprocessor_config.json")
+DTYPES = ("BF16", "F16", "F32")
 EMBEDDING, LM_HEAD, DEPTH_HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight", "depth_head."
 
 
@@ -44,7 +53,7 @@ def convert(src: str | Path, dst: str | Path, to_qwen3_vl: bool = False, name: s
     `name` is what the model card calls it; default: the folder's name.
 
     Raises ValueError, with nothing left behind, for a source that is not what it says: another architecture, a missing,
-    extra or wrongly shaped tensor, weights that are not safetensors, no tokenizer.
+    extra or wrongly shaped tensor, weights that are not safetensors, not floats or not finite, no tokenizer.
     """
     dst = Path(dst).resolve()
     partial = dst.with_name(dst.name + ".partial")
@@ -58,26 +67,25 @@ def convert(src: str | Path, dst: str | Path, to_qwen3_vl: bool = False, name: s
     has_head = "depth_head_type" in settings or any(name.startswith(DEPTH_HEAD) for name in tensors)
     check_model_type(src, settings.get("model_type"), has_head, to_qwen3_vl)
     config = depthvlm_config(source, settings)
-    with torch.device("meta"):
-        model = DepthVLMForConditionalGeneration(config)
+    model = empty_model(source, config)
     check_tensors(source, tensors, model, has_head)
+    if (source / "generation_config.json").exists():
+        read_json(source / "generation_config.json")
     card = read_card(source)
     if not Path(src).is_dir():
         card["base_model"] = str(src)
-    print(f"{src}: {len(tensors)} tensors in {len({path for path, _ in tensors.values()})} files, all accounted for")
+    print(f"{src}: {len(tensors)} tensors in {len({path for path, *_ in tensors.values()})} files, all accounted for")
 
     fresh = {}
+    processor = load_processor(source, config)
     if to_qwen3_vl:
         tensors = {name: where for name, where in tensors.items() if not name.startswith(DEPTH_HEAD)}
-        processor = None
-    else:
-        processor = load_processor(source, config)
-        if not has_head:
-            print(
-                "It has no depth head, so a fresh one is added, with PyTorch's own initialisation (seed 0): "
-                "its depth means nothing until it is trained"
-            )
-            fresh = fresh_head(model, config, dtype_of(tensors))
+    elif not has_head:
+        print(
+            "It has no depth head, so a fresh one is added, with PyTorch's own initialisation (seed 0): "
+            "its depth means nothing until it is trained"
+        )
+        fresh = fresh_head(model, config, dtype_of(tensors))
     if config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)  # a copy of the embedding, checked: loading ties it again
 
@@ -131,11 +139,22 @@ def depthvlm_config(source: Path, settings: dict) -> DepthVLMConfig:
     try:
         return DepthVLMConfig.from_dict(settings)
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{source / 'config.json'} describes no DepthVLM: {first_line(error)}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source / 'config.json'} describes no DepthVLM: {reason}") from error
 
 
-def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """Each tensor's file and shape, from the files' headers."""
+def empty_model(source: Path, config: DepthVLMConfig) -> DepthVLMForConditionalGeneration:
+    try:
+        with torch.device("meta"):
+            return DepthVLMForConditionalGeneration(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:  # of sizes that cannot be
+        raise ValueError(
+            f"{source / 'config.json'} describes no model that can be built: {first_line(error)}"
+        ) from error
+
+
+def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Each tensor's file, shape and dtype (in safetensors' names), from the files' headers."""
     index = source / "model.safetensors.index.json"
     if (source / "model.safetensors").exists():
         names = ["model.safetensors"]
@@ -156,7 +175,8 @@ def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
             raise ValueError(f"{index} names the file {name!r} outside its folder; do not use this checkpoint")
         try:
             with safe_open(path, framework="pt") as file:
-                found = {key: (path, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
+                headers = {key: file.get_slice(key) for key in file.keys()}
+                found = {key: (path, tuple(part.get_shape()), part.get_dtype()) for key, part in headers.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({first_line(error)}); download it again") from error
         if twice := tensors.keys() & found.keys():
@@ -166,7 +186,12 @@ def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def check_tensors(source: Path, tensors: dict, model: DepthVLMForConditionalGeneration, has_head: bool):
-    """Refuse a source whose tensors are not exactly the model's (without the depth head's, for a base)."""
+    """Refuse tensors that are no floats, or not exactly the model's (without the depth head's, for a base)."""
+    if quantized := {name: dtype for name, (_, _, dtype) in tensors.items() if dtype not in DTYPES}:
+        raise ValueError(
+            f"{source} holds tensors of {', '.join(sorted(set(quantized.values())))}, not {', '.join(DTYPES)}: "
+            f"{listed(quantized)}; convert the checkpoint that it was quantized from, and quantize when loading"
+        )
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if not has_head:
         expected = {name: shape for name, shape in expected.items() if not name.startswith(DEPTH_HEAD)}
@@ -177,7 +202,7 @@ def check_tensors(source: Path, tensors: dict, model: DepthVLMForConditionalGene
     if any(faults.values()):
         faults = [f"{len(names)} {what}: {listed(names)}" for what, names in faults.items() if names]
         raise ValueError(f"{source} does not hold the tensors that its config.json describes; {'; '.join(faults)}")
-    for name, (_, shape) in tensors.items():
+    for name, (_, shape, _) in tensors.items():
         if shape != expected[name]:
             wrong = [key for key in tensors if tensors[key][1] != expected[key]]
             raise ValueError(
@@ -213,12 +238,17 @@ def fresh_head(model: DepthVLMForConditionalGeneration, config: DepthVLMConfig, 
 def write_tensors(folder: Path, tensors: dict, fresh: dict):
     """The source's shards one by one, `fresh` in the last."""
     shards = {}
-    for name, (path, _) in tensors.items():
+    for name, (path, *_) in tensors.items():
         shards.setdefault(path, []).append(name)
     weight_map, total_size = {}, 0
     for number, (path, names) in enumerate(shards.items(), start=1):
         with safe_open(path, framework="pt") as file:
             shard = {name: file.get_tensor(name) for name in names}
+        if broken := [name for name, value in shard.items() if not value.isfinite().all()]:
+            raise ValueError(
+                f"{path} holds NaN or infinity in {len(broken)} tensors: {listed(broken)}; take a checkpoint from "
+                "before the training diverged, or download it again"
+            )
         if number == len(shards):
             shard |= fresh
         filename = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
@@ -256,17 +286,49 @@ def qwen3_vl_settings(settings: dict) -> dict:
 
 
 def load_processor(source: Path, config: DepthVLMConfig) -> DepthVLMProcessor:
+    read_json(source / "tokenizer_config.json")
+    # without these transformers makes a tokenizer of special tokens alone
+    if not (source / "tokenizer.json").is_file() and not all((source / name).is_file() for name in VOCABULARY):
+        raise ValueError(
+            f"{source} has no tokenizer.json, nor {' and '.join(VOCABULARY)}; copy the base model's tokenizer "
+            "beside the weights"
+        )
     try:
         processor = DepthVLMProcessor.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:  # what broken files raise
         raise ValueError(
             f"{source} has no tokenizer and image processor that load ({first_line(error)}); "
             "copy the base model's beside the weights"
         ) from error
-    if not processor.chat_template:
-        raise ValueError(f"{source} has no chat template; copy the base model's chat_template.jinja beside the weights")
+    ids = processor.tokenizer(processor.image_token)["input_ids"]
+    if ids != [config.image_token_id]:
+        raise ValueError(
+            f"{source} has image_token_id {config.image_token_id} in its config.json, and its tokenizer gives "
+            f"{processor.image_token} {ids}; copy the tokenizer of the same model beside the weights"
+        )
+    vision = config.vision_config
+    reads = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}
+    reads["merge_size"] = vision.spatial_merge_size
+    if wrong := [name for name, value in reads.items() if getattr(processor.image_processor, name) != value]:
+        raise ValueError(
+            f"{source} has an image processor whose {wrong[0]} is {getattr(processor.image_processor, wrong[0])}, and "
+            f"a model whose is {reads[wrong[0]]}; copy the same model's preprocessor_config.json beside the weights"
+        )
+    check_chat_template(source, processor)
     processor.canonical_focal_length = config.canonical_focal_length
     return processor
+
+
+def check_chat_template(source: Path, processor: DepthVLMProcessor):
+    remedy = "copy the base model's chat_template.jinja beside the weights"
+    if not processor.chat_template:
+        raise ValueError(f"{source} has no chat template; {remedy}")
+    try:
+        text = processor.depth_text()
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{source} has a chat template that cannot be used ({first_line(error)}); {remedy}") from error
+    if text.count(processor.image_token) != 1 or DEPTH_PROMPT not in text:
+        raise ValueError(f"{source} has a chat template that leaves out the image or the question; {remedy}")
 
 
 def write_depthvlm_processor(folder: Path, source: Path, processor: DepthVLMProcessor):
@@ -396,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--push-to-hub", metavar="ID", help="upload the result to this (public) hub repo")
     args = parser.parse_args(argv)
     try:
-        if args.push_to_hub:
+        if args.push_to_hub is not None:
             validate_repo_id(args.push_to_hub)
         dst = convert(args.src, args.dst, args.to_qwen3_vl, name=args.push_to_hub)
         print(f"wrote {dst}")

@@ -67,7 +67,8 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         HTTPException,
     ) as error:
         shown = f" ({str(source)[:200]!r})" if isinstance(source, (str, Path)) else ""
-        reason = " ".join(str(error).split())[:300]
+        known = not isinstance(error, UnidentifiedImageError)  # which names a Python object
+        reason = " ".join(str(error).split())[:300] if known else "cannot identify its format"
         smaller = " of fewer pixels" if isinstance(error, Image.DecompressionBombError) else ""
         raise ValueError(
             f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo{smaller}"
@@ -168,8 +169,7 @@ def exif_focal_length(image: Image.Image) -> float | None:
             if abs(min(image.size) - shorter) > 1 + CROPPED * shorter:
                 return None
         if equivalent := float(tags.get(EXIF_FOCAL_LENGTH_35MM, 0)):
-            # "equivalent" is defined over the frame's diagonal, which a rotated picture shares
-            return plausible(equivalent / FULL_FRAME_DIAGONAL * math.hypot(*image.size), max(image.size))
+            return plausible(focal_of_35mm(equivalent, image.size), max(image.size))
         unit = MILLIMETRES[int(tags.get(EXIF_FOCAL_PLANE_UNIT, 2))]
         focal_length = float(tags[EXIF_FOCAL_LENGTH]) * float(tags[EXIF_FOCAL_PLANE_X_RESOLUTION]) / unit
         if width and height:  # by the longer sides: it may have been turned
@@ -187,6 +187,11 @@ def plausible(focal_length: float, longer_side: int) -> float | None:
 def focal_of_view(fov: float, side: int) -> float:
     """Focal length in px of a camera that sees `fov` degrees over `side` px."""
     return side / 2 / math.tan(math.radians(fov) / 2)
+
+
+def focal_of_35mm(millimetres: float, size: tuple[int, int]) -> float:
+    """Focal length in px of a photo of `size` px from its 35 mm equivalent, which is defined over the diagonal."""
+    return millimetres / FULL_FRAME_DIAGONAL * math.hypot(*size)
 
 
 def view_of_focal(focal_length: float, side: int) -> float:

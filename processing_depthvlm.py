@@ -9,6 +9,7 @@ metres * f_c / f_p (metric compensation).
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from transformers.processing_utils import ImagesKwargs, TextKwargs, VideosKwargs
 
 from .configuration_depthvlm import warn_of_untested_transformers
 from .photos_depthvlm import FIELD_OF_VIEW, focal_of_view, open_photo, plausible, view_of_focal
+
+if TYPE_CHECKING:  # never run: a checkpoint is saved with the files that this one imports from beside itself
+    from .handler import EndpointHandler  # noqa: F401
 
 SYSTEM_PROMPT = "You are a helpful assistant."
 DEPTH_PROMPT = (
@@ -225,12 +229,18 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         pixels = table.to(patches.device).index_select(0, index.flatten()).view(len(patches), 3, 1, -1)
         return pixels.expand(-1, -1, frames, -1).reshape(len(patches), -1)
 
-    def depth_text(self) -> str:
-        """The conversation that depth is trained with, up to where the answer begins, with one image placeholder."""
+    def depth_text(self, question: str = DEPTH_PROMPT) -> str:
+        """
+        The conversation that depth is trained with, or the one that asks `question` instead, up to where the answer
+        begins, with one image placeholder.
+
+        The image's tokens attend to what stands before them alone: after the same system message, any question leaves
+        depth as it is.
+        """
         return self.apply_chat_template(
             [
                 {"role": "system", "content": SYSTEM_PROMPT},
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DEPTH_PROMPT}]},
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
             ],
             add_generation_prompt=True,
         )

@@ -7,6 +7,7 @@ of the published sizes, each on the input that its checkpoint asks for. All time
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import json
@@ -21,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from transformers import (
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
@@ -497,6 +500,71 @@ def evaluation_overhead(checkpoint: str, data: str, rounds: int = 3) -> dict:
     }
 
 
+class WaitingModel:
+    """A model on a device that takes `seconds` per photo and none of the CPU: what predict.py adds shows beside it."""
+
+    device = torch.device("cpu")
+    dtype = torch.bfloat16
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __call__(self, cameras, **inputs):
+        time.sleep(self.seconds * len(cameras))
+        sizes = [camera["processed_size"] for camera in cameras]
+        depths = tuple(torch.linspace(1, 9, rows * columns).view(rows, columns) for rows, columns in sizes)
+        return SimpleNamespace(predicted_depth=depths, cameras=cameras)
+
+
+def prediction_overhead(photos: int = 64, seconds: float = 0.1, size: tuple[int, int] = (640, 480)) -> dict:
+    """
+    predict.py with its default files on JPEGs of `size`, around a model of `WaitingModel`'s with the released
+    checkpoints' processor (f_c = 1000 px, Qwen3-VL's budget).
+
+    Returns `share_of_forwards`, images per second over those of the waiting alone, from the first photo to the last
+    file, and `cpu_seconds_per_photo`, all processes' without their start: of `photos` and of twice as many, the
+    difference.
+    """
+    from depthvlm import predict
+    from depthvlm.processing_depthvlm import DepthVLMProcessor
+
+    processor = DepthVLMProcessor.from_pretrained(Path(__file__).parent.parent, trust_remote_code=False)
+    processor.canonical_focal_length = 1000.0
+    processor.image_processor.size = {"shortest_edge": 65536, "longest_edge": 16777216}
+    processor.normalize_patches = lambda patches: patches  # the device's work
+    noise = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(0))
+    pixels = F.interpolate(noise[None], size=size[::-1], mode="bilinear")[0].permute(1, 2, 0).mul(255).byte().numpy()
+
+    def run(count: int, folder: Path) -> tuple[float, float]:
+        for index in range(count):
+            Image.fromarray(np.roll(pixels, index, axis=1)).save(folder / f"{index:04d}.jpg", quality=92)
+        args = predict.parse_args([str(folder), "--output", str(folder / "output")])
+        sources, _ = predict.find_sources(args)
+        before, start = cpu_seconds(), time.perf_counter()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            everything = predict.Run(args, WaitingModel(seconds), processor, None, {})
+            predict.run_all(everything, sources, [None] * count)
+        return time.perf_counter() - start, cpu_seconds() - before
+
+    with tempfile.TemporaryDirectory() as once, tempfile.TemporaryDirectory() as twice:
+        (_, cpu), (wall, twice_the_cpu) = run(photos, Path(once)), run(2 * photos, Path(twice))
+    return {
+        "photos": 2 * photos,
+        "size": list(size),
+        "forward_seconds_per_photo": seconds,
+        "images_per_second": 2 * photos / wall,
+        "share_of_forwards": 2 * photos * seconds / wall,
+        "cpu_seconds_per_photo": (twice_the_cpu - cpu) / photos,
+        "machine": machine("cpu"),
+    }
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that it has started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def machine(device: str) -> dict:
     """Versions and the processor that was measured."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -540,6 +608,7 @@ def main(arguments=None):
     parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
     parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")
     parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
+    parser.add_argument("--predict", action="store_true", help="what predict.py adds to a model of 0.1 s per photo")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     sizes = {"repeats": options.repeats, "new_tokens": options.new_tokens, "grid": tuple(options.grid)}
@@ -547,6 +616,9 @@ def main(arguments=None):
         parser.error(f"got {sizes}; each must be at least 1")
     if options.evaluate:
         print(json.dumps(evaluation_overhead(*options.evaluate), indent=1))
+        return
+    if options.predict:
+        print(json.dumps(prediction_overhead(), indent=1))
         return
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:

@@ -1,32 +1,13 @@
-"""Files that are whole or not there: whoever looks, and whenever the writer is killed."""
+"""Text and JSON files that are whole or not there."""
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-
-@contextmanager
-def open_whole(path: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """
-    Open a file for writing that takes its name when the block ends, on the disk by then, and is removed if it fails.
-
-    An older file of that name is replaced in one step, a link of that name by a file. Any number of processes may
-    write the same file: the last one wins. options: of `open`.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(unfinished, mode.replace("w", "x"), **options) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+from depthvlm.files import open_whole
 
 
 def read_json(path: str | Path, remedy: str) -> Any:

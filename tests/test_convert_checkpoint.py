@@ -1,6 +1,7 @@
 """Checkpoints as they are published (config in transformers 4's words, bf16 shards, no code), only tiny."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -216,6 +217,7 @@ def test_released_weights_arrive_unchanged_in_a_complete_repo(released):
         "config.json",
         "configuration_depthvlm.py",
         "generation_config.json",
+        "handler.py",
         "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors",
         "model-00003-of-00003.safetensors",
@@ -490,12 +492,41 @@ def empty_index(src):
     write_json(src / "model.safetensors.index.json", {})
 
 
+def replace(name, change):
+    """Another value, dtype included, of a tensor."""
+    return lambda src: write_weights(src, read_weights(src) | {name: change(read_weights(src)[name])}, 1)
+
+
+def with_value(value):
+    def change(tensor):
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+def to_folder(name):
+    def spoil(src):
+        (src / name).unlink()
+        (src / name).mkdir()
+
+    return spoil
+
+
+def section(name, **changes):
+    return lambda src: edit_json(src / "config.json", **{name: read_json(src / "config.json")[name] | changes})
+
+
 def config(**changes):
     return lambda src: edit_json(src / "config.json", **changes)
 
 
 def remove(*names):
     return lambda src: [(src / name).unlink() for name in names]
+
+
+def template(content):
+    return lambda src: write_json(src / "chat_template.json", {"chat_template": content})
 
 
 def text(name, content):
@@ -524,6 +555,42 @@ SPOILT = {
     "no tokenizer": (remove("tokenizer.json", "tokenizer_config.json"), "tokenizer"),
     "no image processor": (remove("preprocessor_config.json"), "no tokenizer and image processor that load"),
     "no chat template": (remove("chat_template.json"), "no chat template; copy"),
+    "no vocabulary": (remove("tokenizer.json"), "has no tokenizer.json, nor vocab.json and merges.txt; copy"),
+    "a broken tokenizer": (text("tokenizer.json", "["), "no tokenizer and image processor that load"),
+    "a tokenizer of another kind": (text("tokenizer.json", "[]"), "no tokenizer and image processor that load"),
+    "another model's tokenizer": (
+        config(image_token_id=3),
+        r"image_token_id 3 .*tokenizer gives <|image_pad|> \[262\]",
+    ),
+    "no tokenizer settings": (remove("tokenizer_config.json"), "has no tokenizer_config.json"),
+    "an image processor of another kind": (text("preprocessor_config.json", "[]"), "image processor that load"),
+    "another model's image processor": (
+        text("preprocessor_config.json", "{}"),
+        "patch_size is 14, .* whose is 16; copy",
+    ),
+    "a chat template that breaks off": (template("{% for"), "chat template that cannot be used .*; copy"),
+    "a chat template without images": (template("{{ messages }}"), "leaves out the image or the question; copy"),
+    "an empty chat template": (template(""), "no chat template; copy"),
+    "NaN": (replace(NORM, with_value(math.nan)), "NaN or infinity in 1 tensors: depth_head.norm.weight; take"),
+    "infinity": (replace(NORM, with_value(-math.inf)), "NaN or infinity in 1 tensors: depth_head.norm.weight; take"),
+    "8-bit integers": (replace(NORM, lambda value: value.to(torch.int8)), "tensors of I8, .*norm.weight; convert"),
+    "8-bit floats": (replace(NORM, lambda value: value.to(torch.float8_e4m3fn)), "tensors of F8_E4M3, .*; convert"),
+    "64-bit floats": (replace(NORM, lambda value: value.double()), "tensors of F64, .*; convert"),
+    "a download's pointer": (
+        text("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
+        "cannot be read",
+    ),
+    "an empty file": (text("model.safetensors", ""), "model.safetensors cannot be read .*download it again"),
+    "a folder for a file": (to_folder("model.safetensors"), "model.safetensors cannot be read"),
+    "no heads": (section("text_config", num_attention_heads=0), "describes no model that can be built"),
+    "a negative width": (section("text_config", hidden_size=-4), "describes no model that can be built"),
+    "a width in words": (section("text_config", hidden_size="a"), "describes no DepthVLM: .*hidden_size.*expected int"),
+    "a level past the tower": (
+        section("vision_config", deepstack_visual_indexes=[0, 1, 9]),
+        "reads three of 4 blocks",
+    ),
+    "no focal length": (config(canonical_focal_length=0), "canonical_focal_length is 0; it must be"),
+    "a broken generation config": (text("generation_config.json", "{"), "generation_config.json is no JSON"),
     "a broken card": (text("README.md", "---\na: [\n---\n"), "README.md has a YAML header that cannot be read"),
 }
 
@@ -537,6 +604,14 @@ def test_bad_source_is_one_sentence_and_leaves_nothing(small, tmp_path, capsys, 
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("convert_checkpoint.py: ") and re.search(message, error), error
     assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("fault", ["no vocabulary", "8-bit integers", "another model's image processor"])
+def test_the_plain_view_takes_a_whole_source_too(small, tmp_path, capsys, fault):
+    spoil, message = SPOILT[fault]
+    spoil(small)
+    assert convert_checkpoint.main([str(small), str(tmp_path / "dst"), "--to-qwen3-vl"]) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "dst").exists()
 
 
 def test_wrong_direction_is_refused(base, tmp_path):

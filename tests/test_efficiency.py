@@ -147,3 +147,10 @@ def test_evaluate_is_timed_against_its_forwards_alone(tmp_path):
     assert found["images"] == 5
     assert 0 < found["forward_seconds_within"] < found["seconds"]
     assert found["overhead"] == pytest.approx(found["seconds"] / found["forward_seconds_alone"] - 1)
+
+
+def test_predict_is_timed_around_a_model_that_only_waits():
+    found = efficiency.prediction_overhead(photos=3, seconds=0.01, size=(64, 48))
+    assert found["photos"] == 6 and found["size"] == [64, 48]
+    assert found["share_of_forwards"] == pytest.approx(found["images_per_second"] * 0.01)
+    assert 0 < found["share_of_forwards"] < 1 and found["cpu_seconds_per_photo"] < 5

@@ -78,6 +78,7 @@ class Contestant(Generic[Prepared]):
     uses_intrinsics: ClassVar[bool] = False  # whether it is given the camera, so that tables can say so
     batch_safe: ClassVar[bool] = True  # False: an image's result depends on its batch, so it is run alone
     paid: ClassVar[bool] = False  # whether each answer may cost money: `estimate` is shown, and --yes needed to go on
+    estimates_camera: ClassVar[bool] = False  # whether `focal_length` can be asked, for predict.py's --camera-from
     served_at: str = ""  # the address that its answers come from, if it is not run here
     model_types: ClassVar[tuple[str, ...]] = ()  # of config.json, for `--model CHECKPOINT` without NAME
 
@@ -110,4 +111,8 @@ class Contestant(Generic[Prepared]):
 
     def answers(self, prepared: Prepared) -> list[list[Answer]]:
         """One `Answer` per point of each query."""
+        raise NotImplementedError
+
+    def focal_length(self, image: Image.Image) -> float:
+        """Along x, in px of the image, as the model estimates it."""
         raise NotImplementedError

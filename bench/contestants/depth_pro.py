@@ -4,8 +4,11 @@ Metres come from the field of view that the model itself predicts, not from the 
 inverse depth times width / focal length, inverted and held within 0.1 mm and 10 km.
 """
 
+import math
+
 import numpy as np
 import torch
+from PIL import Image
 from transformers import DepthProConfig, DepthProForDepthEstimation
 from transformers.utils import is_torchvision_available
 
@@ -15,6 +18,7 @@ from ._dense import DepthModel
 
 class DepthPro(DepthModel):
     title = "Depth Pro"
+    estimates_camera = True
     model_types = ("depth_pro",)
     model_class = DepthProForDepthEstimation
 
@@ -36,6 +40,12 @@ class DepthPro(DepthModel):
         sizes = [query.image.size[::-1] for query in prepared]
         depths = self.processor.post_process_depth_estimation(outputs, target_sizes=sizes)
         return [depth["predicted_depth"].numpy(force=True) for depth in depths]
+
+    @torch.inference_mode()
+    def focal_length(self, image: Image.Image) -> float:
+        inputs = self.processor(image, return_tensors="pt").to(self.model.device, self.model.dtype)
+        fov = math.radians(self.model(**inputs).field_of_view.item())  # over the image's width
+        return image.width / 2 / math.tan(fov / 2)
 
 
 CONTESTANT = DepthPro

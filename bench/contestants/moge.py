@@ -6,6 +6,8 @@ it is unsure, is not applied: every scored point has a depth.
 """
 
 import numpy as np
+import torch
+from PIL import Image
 
 from ._base import Query, package
 from ._dense import PerImage, to_tensor
@@ -13,6 +15,7 @@ from ._dense import PerImage, to_tensor
 
 class MoGe(PerImage):
     title = "MoGe-2"
+    estimates_camera = True
 
     def __init__(self, checkpoint: str, device: str = "cpu", dtype: str = "float32"):
         if dtype == "bfloat16":
@@ -25,8 +28,14 @@ class MoGe(PerImage):
         self.half = dtype == "float16"
 
     def map(self, query: Query) -> np.ndarray:
-        output = self.model.infer(to_tensor(query.image) / 255, apply_mask=False, use_fp16=self.half)
-        return output["depth"].float().numpy(force=True)
+        return self.infer(query.image)["depth"].float().numpy(force=True)
+
+    @torch.inference_mode()
+    def focal_length(self, image: Image.Image) -> float:
+        return self.infer(image)["intrinsics"][0, 0].item() * image.width  # stored relative to the width
+
+    def infer(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        return self.model.infer(to_tensor(image) / 255, apply_mask=False, use_fp16=self.half)
 
 
 CONTESTANT = MoGe

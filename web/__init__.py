@@ -1,0 +1,1 @@
+"""The web page of app.py: a model that streams, what is kept of each visitor, and the Gradio page."""
