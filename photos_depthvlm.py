@@ -68,6 +68,8 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
     ) as error:
         shown = f" ({str(source)[:200]!r})" if isinstance(source, (str, Path)) else ""
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, UnidentifiedImageError):  # Pillow names the object that the bytes lie in
+            reason = "cannot identify image file"
         smaller = " of fewer pixels" if isinstance(error, Image.DecompressionBombError) else ""
         raise ValueError(
             f"{name}{shown} cannot be read as an image: {reason}; pass a whole, readable photo{smaller}"

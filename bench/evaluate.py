@@ -78,10 +78,20 @@ class Run:
 
 def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dataset]) -> dict:
     """What a run's names stand for now: the checkpoint's files may change under their name, and the data's."""
+    name, _, checkpoint = run.model.partition(":")
+    version = checkpoint_version(checkpoint if name in contestants.names() else run.model)
+    digest = hashlib.sha256()
+    for rows in opened.values():
+        points = rows.select_columns(["id", "points_u", "points_v", "points_depth"]).with_format("arrow")
+        for table in points.iter(1000):
+            digest.update(repr(table.to_pydict()).encode())
+    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "points": digest.hexdigest()}
+
+
+def checkpoint_version(checkpoint: str) -> str:
+    """SHA-256 of the files that make a checkpoint's answers; the commit of a downloaded hub id; else ""."""
     from huggingface_hub import try_to_load_from_cache
 
-    name, _, checkpoint = run.model.partition(":")
-    checkpoint = checkpoint if name in contestants.names() else run.model
     weights = Path(checkpoint)
     if weights.exists():
         files = [weights] if weights.is_file() else sorted(file for kind in DECIDING for file in weights.glob(kind))
@@ -89,16 +99,9 @@ def identity_of(run: Run, contestant: Contestant, opened: dict[str, datasets.Dat
         for file in files:
             with file.open("rb") as content:
                 digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
-        version = digest.hexdigest()
-    else:
-        config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
-        version = Path(config).parent.name if isinstance(config, str) else ""  # the commit
-    digest = hashlib.sha256()
-    for rows in opened.values():
-        points = rows.select_columns(["id", "points_u", "points_v", "points_depth"]).with_format("arrow")
-        for table in points.iter(1000):
-            digest.update(repr(table.to_pydict()).encode())
-    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "points": digest.hexdigest()}
+        return digest.hexdigest()
+    config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 # Contestants
