@@ -47,7 +47,7 @@ lint: .venv/.dev
 	touch $@
 
 .venv/.dev: .venv/.installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[readers]" -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 # The oldest supported transformers over the rest of .venv.

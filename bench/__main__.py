@@ -12,7 +12,7 @@ from .ablate import add_ablate
 from .arguments import add_output, positive
 from .report import add_report
 from .retention import add_retention
-from .sources._base import BadFrame, Source
+from .sources._base import AbsentSplit, BadFrame, Source
 
 
 def add_build(commands) -> None:
@@ -76,9 +76,10 @@ def run_sources(args) -> int:
 
 
 def add_check(commands) -> None:
-    parser = commands.add_parser("check", help="does a raw folder look right? the first frame of each split is read")
+    parser = commands.add_parser("check", help="does a raw folder look right? a frame of each split is read")
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("--raw", metavar="DIR")
+    parser.add_argument("--split", choices=("train", "test"), help="one split; default: those that the folder has")
     parser.set_defaults(run=run_check)
 
 
@@ -89,31 +90,52 @@ def run_check(args) -> int:
     missing = [f"{what} ({glob})" for glob, what in source.needs if not next(source.raw.glob(glob), None)]
     for what in missing:
         print(f"missing: {what}")
-    failures = len(missing)
-    for split in source.splits:
+    splits, absent, failures = [args.split] if args.split else list(source.splits), 0, len(missing)
+    for split in splits:
         try:
-            print(f"{split}: {describe_first(source, split)}")
-        except (ValueError, OSError, StopIteration) as error:
+            print(f"{split}: {describe_frame(source, split)}")
+        except AbsentSplit as error:
+            absent += 1
+            print(f"{split}: not in this folder ({error})")
+        except (ValueError, OSError) as error:
             failures += 1
-            print(f"{split}: {'no frames' if isinstance(error, StopIteration) else error}")
+            print(f"{split}: {error}")
+    failures += absent == len(splits)
     print(f"{failures} problems; expected: {source.layout}" if failures else f"{source.name} looks right")
     return 1 if failures else 0
 
 
-def describe_first(source: Source, split: str) -> str:
-    """A line about a split's first frame. Raises what reading it raises, StopIteration for an empty split."""
+def describe_frame(source: Source, split: str) -> str:
+    """A line about the first frame of a split whose files are present. Raises BadFrame or what the listing raises.
+
+    A scene or camera with a problem or a missing file is passed over, as in a partial download, and counted.
+    """
     from . import build
 
-    frame = next(iter(source.frames(split)))
-    try:
-        row, words = build.make_row(type(source), split, frame, source.load(frame))
-    except BadFrame as error:
-        raise BadFrame(f"frame {frame.id}: {error}") from error
+    incomplete = {}
+    for frame in source.frames(split):
+        place = frame.scene or frame.id, frame.camera
+        if place in incomplete or frame.problem:
+            incomplete.setdefault(place, frame.problem)
+            continue
+        try:
+            row, stored = build.load_row(source, split, frame)
+            break
+        except FileNotFoundError as error:
+            incomplete[place] = str(error)
+        except (MemoryError, ImportError):
+            raise
+        except Exception as error:
+            raise BadFrame(f"frame {frame.id}: {build.reason(error)}") from error
+    else:
+        raise BadFrame(next(iter(incomplete.values()), "no frames"))
     width, height = build.image_size(row)
     return (
-        f"{frame.id}: image {width}x{height}, depth {words.shape[1]}x{words.shape[0]} with {(words > 0).mean():.1%} "
-        f"valid, {words[words > 0].min() / source.depth_scale:.2f}–{words.max() / source.depth_scale:.2f} m, "
-        f"fx {row['fx']:.1f} fy {row['fy']:.1f} cx {row['cx']:.1f} cy {row['cy']:.1f} px"
+        f"{frame.id}: image {width}x{height}, depth {stored.shape[1]}x{stored.shape[0]} "
+        f"with {(stored > 0).mean():.1%} valid, {stored[stored > 0].min() / source.depth_scale:.2f}–"
+        f"{stored.max() / source.depth_scale:.2f} m, fx {row['fx']:.1f} fy {row['fy']:.1f} cx {row['cx']:.1f} "
+        f"cy {row['cy']:.1f} px"
+        + (f"; before it, {len(incomplete)} not complete: {next(iter(incomplete.values()))}" if incomplete else "")
     )
 
 

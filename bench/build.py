@@ -46,14 +46,14 @@ class Skipped(ValueError):
 
 
 def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> tuple[dict, np.ndarray]:
-    """A row of FEATURES without points, and its depth words (h, w). Raises BadFrame."""
+    """A row of FEATURES without points, and its depth as stored, uint16 (h, w). Raises BadFrame."""
     if not re.fullmatch(r"[A-Za-z0-9_./-]+", frame.id):
         raise BadFrame(f"frame id {frame.id!r} has characters other than letters, digits and _./-")
     if not (frame.scene + frame.camera).isprintable():
         raise BadFrame(f"{frame.id}: scene {frame.scene!r} or camera {frame.camera!r} is not printable text")
     if not np.isfinite(sample.intrinsics).all() or min(sample.intrinsics[:2]) <= 0:
         raise BadFrame(f"{frame.id}: intrinsics {sample.intrinsics} are not finite with fx, fy > 0")
-    words = encode_depth(sample.depth, source.depth_range, source.depth_scale, frame.id)
+    stored = encode_depth(sample.depth, source.depth_range, source.depth_scale, frame.id)
     row = {
         "id": frame.id,
         "source": source.name,
@@ -61,18 +61,25 @@ def make_row(source: type[Source], split: str, frame: Frame, sample: Sample) -> 
         "scene": frame.scene,
         "camera": frame.camera,
         "image": {"bytes": encode_image(sample.image, frame.id), "path": None},
-        "depth": {"bytes": png(words), "path": None},
+        "depth": {"bytes": png(stored), "path": None},
         "depth_scale": float(source.depth_scale),
         "depth_type": "z",
         **dict(zip(("fx", "fy", "cx", "cy"), map(float, sample.intrinsics), strict=True)),
         **dict.fromkeys(("points_u", "points_v", "points_depth"), ()),
         "qa": {key: [pair[i] for pair in sample.qa] for i, key in enumerate(("kind", "question", "answer"))},
     }
-    return row, words
+    return row, stored
 
 
-def encode_depth(depth: np.ndarray, depth_range, depth_scale: float, name: str) -> np.ndarray:
-    """Metres (h, w), 0 = none -> uint16 words; what lies outside depth_range becomes 0, never the bound."""
+def load_row(source: Source, split: str, frame: Frame) -> tuple[dict, np.ndarray]:
+    """`make_row` of a frame as its source loads it. Raises BadFrame, at once for a frame with a problem."""
+    if frame.problem:
+        raise BadFrame(frame.problem)
+    return make_row(type(source), split, frame, source.load(frame))
+
+
+def encode_depth(depth: np.ndarray, depth_range: tuple[float, float], depth_scale: float, name: str) -> np.ndarray:
+    """Metres (h, w), 0 = none -> uint16, metres * depth_scale; outside depth_range becomes 0, never the bound."""
     if depth.ndim != 2 or not 0 < depth.size <= MAX_PIXELS:
         raise BadFrame(f"{name}: depth has shape {depth.shape}; it must be (h, w) of at most {MAX_PIXELS} pixels")
     if not np.isfinite(depth).all() or depth.min() < 0:
@@ -84,7 +91,7 @@ def encode_depth(depth: np.ndarray, depth_range, depth_scale: float, name: str) 
 
 
 def encode_image(image: bytes | np.ndarray, name: str) -> bytes:
-    """A file's own bytes, after a look whether they decode; an array (H, W, 3) uint8 as PNG, without loss."""
+    """The bytes of a file, unchanged, if they decode; an array (H, W, 3) uint8 as PNG."""
     if isinstance(image, np.ndarray):
         return png(image)
     opened = open_image(image, name)
@@ -110,20 +117,26 @@ def image_size(row: dict) -> tuple[int, int]:
     return open_image(row["image"]["bytes"], row["id"]).size
 
 
-def read_row(reader, frame: Frame, n_points: int):
-    """(row, None, words) of a frame, or (None, reason, None) when it cannot be used."""
+def read_row(
+    reader: Callable[[Frame, int], tuple[dict, np.ndarray]], frame: Frame, n_points: int
+) -> tuple[dict | None, str | None, np.ndarray | None]:
+    """(row, None, depth as stored) of a frame, or (None, reason, None) when it cannot be used."""
     try:
-        row, words = reader(frame, n_points)
-        return row, None, words
+        row, stored = reader(frame, n_points)
+        return row, None, stored
     except (MemoryError, ImportError):  # of the machine, not of the frame
         raise
-    except (BadFrame, BadRaw, OSError) as error:
-        reason = str(error)
-    except Exception as error:  # one file that no reader foresaw must not end a run of days
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {error} (unforeseen, {Path(where.filename).name}:{where.lineno})"
-    # It may quote what a file holds, and is going to be printed.
-    return None, "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:1000]), None
+    except Exception as error:  # a damaged file, whatever a library makes of it, must not end a run of days
+        return None, reason(error), None
+
+
+def reason(error: Exception) -> str:
+    """Why a frame cannot be used, in printable characters: it may quote what a file holds."""
+    text = str(error)
+    if not isinstance(error, BadFrame | BadRaw | OSError):  # a library's error says little without its place
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:1000])
 
 
 # A source's split
@@ -156,8 +169,7 @@ class SourceReader:
     keep_hidden: bool = False
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
-        sample = _opened(self.source, self.raw, self.keep_hidden).load(frame)
-        row, words = make_row(self.source, self.split, frame, sample)
+        row, words = load_row(_opened(self.source, self.raw, self.keep_hidden), self.split, frame)
         if n_points:
             named = self.seed, self.source.name, frame.id
             points = sampling.draw_points(words, self.source.depth_scale, image_size(row), n_points, *named)
@@ -167,7 +179,7 @@ class SourceReader:
     def plan(self, max_frames: int | None = None) -> tuple[dict, Iterator[tuple[Frame, int]]]:
         """What decides the output, for the record; and the chosen frames, each with its number of points."""
         source = open_source(self.source, self.raw, self.keep_hidden)
-        source.own_splits(self.split)
+        source.official_splits(self.split)
         low, high = source.depth_range
         if low * source.depth_scale <= 0.5 or high * source.depth_scale > 65535:
             raise ValueError(

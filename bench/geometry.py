@@ -1,14 +1,17 @@
-"""Cameras and grids: the conversions that every source needs, each written once. Conventions: see sources/_base.py."""
+"""Cameras and grids: conversions that sources, points and scores share. Conventions: see sources/_base.py."""
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Intrinsics = tuple[float, float, float, float]  # fx, fy, cx, cy in px
 
 
-def change_grid(coordinate, size_from: int, size_to: int):
+def change_grid(coordinate: ArrayLike, size_from: int, size_to: int) -> np.ndarray:
     """A coordinate along one axis from a grid of `size_from` pixels to one of `size_to`, by pixel centres."""
     return (np.asarray(coordinate, dtype=np.float64) + 0.5) * (size_to / size_from) - 0.5
 
 
-def ray_per_z(u, v, intrinsics) -> np.ndarray:
+def ray_per_z(u: ArrayLike, v: ArrayLike, intrinsics: Intrinsics) -> np.ndarray:
     """Euclidean distance from the camera centre per unit of z-depth at pixel (u, v), >= 1, for a pinhole camera.
 
     z = ray / ray_per_z and ray = z * ray_per_z; `intrinsics` (fx, fy, cx, cy) are of the grid that u and v count.
@@ -19,7 +22,7 @@ def ray_per_z(u, v, intrinsics) -> np.ndarray:
     return np.sqrt(1.0 + x * x + y * y)
 
 
-def change_grid_intrinsics(intrinsics, size_from: tuple[int, int], size_to: tuple[int, int]):
+def change_grid_intrinsics(intrinsics: Intrinsics, size_from: tuple[int, int], size_to: tuple[int, int]) -> Intrinsics:
     """Intrinsics (fx, fy, cx, cy) of an image of size_from (W, H) for the same view on a grid of size_to (W, H)."""
     fx, fy, cx, cy = intrinsics
     return (
@@ -30,42 +33,6 @@ def change_grid_intrinsics(intrinsics, size_from: tuple[int, int], size_to: tupl
     )
 
 
-def focal_from_fov(fov: float, size: int) -> float:
-    """Focal length in px of a pinhole camera that sees `fov` radians over `size` pixels."""
-    return size / (2.0 * np.tan(fov / 2.0))
-
-
-def rigid(rotation=None, translation=None) -> np.ndarray:
-    """4x4 transform from a rotation, a 3x3 matrix or a quaternion (w, x, y, z), and a translation."""
-    transform = np.eye(4)
-    if rotation is not None:
-        rotation = np.asarray(rotation, dtype=np.float64)
-        transform[:3, :3] = quaternion_to_matrix(rotation) if rotation.shape == (4,) else rotation
-    if translation is not None:
-        transform[:3, 3] = translation
-    return transform
-
-
-def quaternion_to_matrix(quaternion) -> np.ndarray:
-    """Rotation matrix of a quaternion (w, x, y, z), normalised first."""
-    w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-
-
-def invert_rigid(transform: np.ndarray) -> np.ndarray:
-    """Inverse of a 4x4 rotation and translation."""
-    inverse = np.eye(4)
-    inverse[:3, :3] = transform[:3, :3].T
-    inverse[:3, 3] = -transform[:3, :3].T @ transform[:3, 3]
-    return inverse
-
-
-def apply(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
+def apply(transform: np.ndarray, points: ArrayLike) -> np.ndarray:
     """A 4x4 transform on points (N, 3), in float64."""
     return np.asarray(points, dtype=np.float64) @ transform[:3, :3].T + transform[:3, 3]

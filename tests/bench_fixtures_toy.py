@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.build import load_row, read_row
 from bench.sources._base import BadFrame, Frame, Sample, Source
 
 SIZE, DEPTH_SIZE = (40, 24), (20, 12)  # (W, H) of image and depth map
@@ -29,6 +30,13 @@ def encoded(image: np.ndarray, kind: str) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, kind)
     return buffer.getvalue()
+
+
+def reason(source: Source, frame: Frame) -> str:
+    """Why a build lists the frame as one that cannot be used."""
+    row, why, _ = read_row(lambda frame, _: load_row(source, "test", frame), frame, 0)
+    assert row is None
+    return why
 
 
 def write_toy(raw: Path, groups: dict[str, int], split: str = "test", backwards: bool = False) -> Path:
@@ -55,7 +63,7 @@ class Toy(Source):
     depth_scale = 1000.0
 
     def frames(self, split):
-        (own,) = self.own_splits(split)
+        (own,) = self.official_splits(split)
         for scene in self.listdir(own):
             for camera in self.listdir(own, scene):
                 for file in self.listdir(own, scene, camera):

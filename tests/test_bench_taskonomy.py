@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 from bench_fixtures_indoor import picture, plane_error, png16, put, write_omnidata_view
+from bench_fixtures_toy import reason
 
+from bench.build import load_row
 from bench.sources._base import BadFrame, BadRaw
 from bench.sources.taskonomy import SPLIT_FILE, Taskonomy
 
@@ -69,7 +71,7 @@ def test_trap_euclidean_depth_is_not_read(root):
     (root / "depth_zbuffer/taskonomy/ant/point_10_view_0_domain_depth_zbuffer.png").unlink()
     source = Taskonomy(root)
     with pytest.raises(FileNotFoundError, match="depth_zbuffer"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 def test_trap_field_of_view_varies_from_view_to_view(root):
@@ -99,7 +101,7 @@ def test_trap_rgb_without_depth_is_listed_and_does_not_load(root):
     frame = next(source.frames("train"))
     assert frame.id == "ant/point_0_view_0"
     with pytest.raises(FileNotFoundError):
-        source.load(frame)
+        load_row(source, "train", frame)
 
 
 def test_building_without_files_is_listed_once(root):
@@ -107,36 +109,47 @@ def test_building_without_files_is_listed_once(root):
     (root / "rgb/taskonomy/fly").mkdir()
     source = Taskonomy(root)
     eel, fly = list(source.frames("train"))[-2:]
-    with pytest.raises(FileNotFoundError, match="eel"):
-        source.load(eel)
+    with pytest.raises(BadFrame, match="No such file.*eel"):
+        load_row(source, "train", eel)
     with pytest.raises(BadFrame, match="fly holds no point_P_view_V"):
-        source.load(fly)
+        load_row(source, "train", fly)
 
 
 def test_eight_bit_depth_is_refused(root):
     put(root / "depth_zbuffer/taskonomy/ant/point_10_view_0_domain_depth_zbuffer.png", picture(64, 64))
     source = Taskonomy(root)
     with pytest.raises(BadFrame, match="16-bit"):
-        source.load(next(source.frames("train")))
+        load_row(source, "train", next(source.frames("train")))
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[]", "{", '{"field_of_view_rads": NaN}', '{"field_of_view_rads": 61}', "[" * 10**5]
+    "text, expected",
+    [
+        ("{}", "KeyError: 'field_of_view_rads'"),
+        ("{", "JSONDecodeError"),
+        ("[" * 10**5, "RecursionError"),
+        ('{"field_of_view_rads": NaN}', "field_of_view_rads is nan; it must lie between 0 and pi"),
+        ('{"field_of_view_rads": 61}', "field_of_view_rads is 61; it must lie between 0 and pi"),
+    ],
 )
-def test_hostile_camera_files(root, text):
+def test_hostile_camera_files(root, text, expected):
     put(root / "point_info/taskonomy/ant/point_10_view_0_domain_point_info.json", text)
     source = Taskonomy(root)
-    with pytest.raises(BadFrame, match="field_of_view_rads"):
-        source.load(next(source.frames("train")))
+    assert expected in reason(source, next(source.frames("train")))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "a,b\n1,2", "id,train\n../../etc,1", "id,train\nant,yes", "id,train\nant", "id,train\nant,0", "\0"]
-)
+@pytest.mark.parametrize("text", ["", "a,b\n1,2", "id,train\nant,yes", "id,train\nant", "id,train\nant,0", "\0"])
 def test_hostile_split_files(root, text):
     put(root / SPLIT_FILE, text)
     with pytest.raises(BadRaw):
         list(Taskonomy(root).frames("train"))
+
+
+def test_hostile_path_in_the_split_file(root):
+    put(root / SPLIT_FILE, "id,train\n../../etc,1")
+    source = Taskonomy(root)
+    (frame,) = source.frames("train")
+    assert "leads out" in reason(source, frame)
 
 
 def test_missing_split_file_says_where_it_comes_from(root):

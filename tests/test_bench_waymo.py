@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from bench.build import load_row
 from bench.sources import _tfrecord as tfrecord
 from bench.sources import waymo
 from bench.sources._base import BadFrame, BadRaw
@@ -342,19 +343,25 @@ GOLDEN_EXTRINSIC = np.array(
 )
 
 
+def golden_direction():
+    """Of the stored pixel (100, 1000), counted from the edge of the first one."""
+    ((u, v),) = waymo.undistort(np.array([[99.5, 999.5]]), GOLDEN)
+    return (u + 0.5 - GOLDEN[2]) / GOLDEN[0], (v + 0.5 - GOLDEN[3]) / GOLDEN[1]
+
+
 def test_golden_undistorted_direction():
-    x, y = waymo.undistort(100.0, 1000.0, GOLDEN)
+    x, y = golden_direction()
     assert (x, y) == pytest.approx((-0.410633, 0.175428), abs=1e-6)
-    u, v = waymo.distort(x, y, GOLDEN)
+    u, v = brown(x, y, GOLDEN[4:])
     assert (u * GOLDEN[0] + GOLDEN[2], v * GOLDEN[1] + GOLDEN[3]) == pytest.approx((100, 1000), abs=1e-6)
 
 
 def test_golden_vehicle_point_and_camera_axes():
-    x, y = waymo.undistort(100.0, 1000.0, GOLDEN)
+    x, y = golden_direction()
     point = waymo.apply(GOLDEN_EXTRINSIC @ waymo.WAYMO_FROM_OPENCV, np.array([[20 * x, 20 * y, 20.0]]))[0]
     assert point == pytest.approx((21.44065, 8.32241, -1.62939), abs=1e-5)
     assert np.linalg.norm(point - GOLDEN_EXTRINSIC[:3, 3]) == pytest.approx(21.9034, abs=1e-4)
-    back = waymo.apply(waymo.invert_rigid(GOLDEN_EXTRINSIC @ waymo.WAYMO_FROM_OPENCV), point[None])[0]
+    back = waymo.apply(np.linalg.inv(GOLDEN_EXTRINSIC @ waymo.WAYMO_FROM_OPENCV), point[None])[0]
     assert back == pytest.approx((20 * x, 20 * y, 20), abs=1e-6)
 
 
@@ -660,7 +667,7 @@ def test_unreadable_files_are_listed_and_refused(tmp_path, frames, write):
     source, broken = broken_frames(tmp_path)
     assert len(broken) == 1 and broken[0].scene == SEGMENT
     with pytest.raises(BadFrame, match=SEGMENT):
-        source.load(broken[0])
+        load_row(source, "train", broken[0])
 
 
 @pytest.mark.parametrize(
@@ -678,21 +685,14 @@ def test_broken_record_is_listed_and_the_others_are_read(tmp_path, frames, tail,
     source, broken = broken_frames(write_v1(tmp_path, frames[:1], tail=tail))
     assert len(broken) == 1 and len(list(source.frames("train"))) == 3
     with pytest.raises(BadFrame, match=reason):
-        source.load(broken[0])
+        load_row(source, "train", broken[0])
     assert load(tmp_path).depth.any()
-
-
-def test_zlib_bomb_is_refused(tmp_path, frames, monkeypatch):
-    bomb = zlib.compress(bytes(64 << 20), 9)
-    monkeypatch.setitem(globals(), "compressed_matrix", lambda *_: bomb)
-    with pytest.raises(BadFrame, match="decompression bomb"):
-        load(write_v1(tmp_path, frames[:1]))
 
 
 @pytest.mark.parametrize("shape", [(2**30, 2**30, 4), (ROWS, COLUMNS, 3), (ROWS + 1, COLUMNS, 4), (-1, -1, 4)])
 def test_absurd_shape_is_refused(tmp_path, frames, write, shape):
     frames[0]["lidar shape"] = shape
-    with pytest.raises(BadFrame, match="has shape"):
+    with pytest.raises(BadFrame, match="reshape|one unknown dimension"):
         load(write(tmp_path, frames))
 
 
@@ -736,7 +736,7 @@ def test_unknown_camera_is_listed_and_refused(tmp_path, frames, write):
 
 def test_lens_that_cannot_be_inverted_is_refused():
     with pytest.raises(ValueError, match="cannot be inverted"):
-        waymo.undistort(np.arange(1920.0), np.zeros(1920), (*GOLDEN[:4], -9.0, 5.0, 0, 0, 0))
+        waymo.undistort(np.c_[np.arange(1920.0), np.zeros(1920)], (*GOLDEN[:4], -9.0, 5.0, 0, 0, 0))
 
 
 # The wire format
@@ -761,11 +761,3 @@ def test_repeated_doubles_packed_or_not():
 def test_damaged_message_is_refused(message):
     with pytest.raises(ValueError):
         tfrecord.fields(message)
-
-
-def test_inflate_is_bounded_and_complete():
-    stream = zlib.compress(b"a" * 1000)
-    assert tfrecord.inflate(stream, 1000) == b"a" * 1000
-    for data, limit, reason in ((stream, 999, "bomb"), (stream[:-5], 1000, "truncated"), (b"?" * 9, 9, "broken")):
-        with pytest.raises(ValueError, match=reason):
-            tfrecord.inflate(data, limit)

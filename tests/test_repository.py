@@ -97,7 +97,7 @@ def test_readme_code_runs(tmp_path):
     code = (
         "\n".join(blocks)
         .replace('"photo.jpg"', '"samples/room.jpg"')
-        .replace("focal_length=1430.0", "focal_length=250.0")
+        .replace("focal_lengths=1430.0", "focal_lengths=250.0")
     )
     code += "\nassert isinstance(answer, str) and points.numpy().shape[-1] == 3\nprint('ok')"
     run = run_python(sys.executable, code, tmp_path)

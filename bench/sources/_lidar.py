@@ -1,10 +1,14 @@
-"""Lidar points to a sparse z-depth map: projection, nearest point a pixel, points behind a nearer surface removed."""
+"""Lidar points to a sparse z-depth map: projection, nearest point per pixel, points behind a nearer surface removed."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.spatial.transform import Rotation
 
-from ..geometry import rigid
+from ..geometry import Intrinsics
 from ._base import BadFrame, Source
 
 # A point is behind another surface when that surface's depth is below this share of its own.
@@ -14,7 +18,13 @@ WINDOW = 0.5
 
 
 def splat(
-    u, v, z, size: tuple[int, int], focal_length: float, remove_hidden: bool = True, window: float = WINDOW
+    u: ArrayLike,
+    v: ArrayLike,
+    z: ArrayLike,
+    size: tuple[int, int],
+    focal_length: float,
+    remove_hidden: bool = True,
+    window: float = WINDOW,
 ) -> np.ndarray:
     """Points at pixels (u, v) with z-depth in metres -> depth (H, W) float32, 0 = no measurement; `size` is (W, H).
 
@@ -41,7 +51,7 @@ def splat(
     return depth
 
 
-def behind_surface(column, row, z, reach: int) -> np.ndarray:
+def behind_surface(column: np.ndarray, row: np.ndarray, z: np.ndarray, reach: int) -> np.ndarray:
     """Which points are hidden (N,) bool: those with a point nearer than NEARER * z in *each* of the four quadrants
     (above left, above right, below left, below right) of the window of +-`reach` pixels around them.
 
@@ -79,7 +89,7 @@ def running_minimum(a: np.ndarray, n: int) -> np.ndarray:
     return a
 
 
-def pose(quaternion, translation, name: str) -> np.ndarray:
+def pose(quaternion: Sequence[float], translation: Sequence[float], name: str) -> np.ndarray:
     """4x4 transform of a quaternion (w, x, y, z) and a translation in metres as a file gives them. Raises BadFrame."""
     try:
         numbers = np.array([*quaternion, *translation], dtype=np.float64)
@@ -87,42 +97,29 @@ def pose(quaternion, translation, name: str) -> np.ndarray:
         raise BadFrame(f"pose of {name} is not seven numbers ({error})") from error
     if numbers.shape != (7,) or not np.isfinite(numbers).all() or abs(np.linalg.norm(numbers[:4]) - 1) > 0.01:
         raise BadFrame(f"pose of {name} is not a unit quaternion (w, x, y, z) and a translation: {numbers.tolist()}")
-    return rigid(numbers[:4], numbers[4:])
-
-
-def require_size(name: str, size: tuple[int, int], declared: tuple[int, int]) -> None:
-    """Raises BadFrame when an image is not of the size (W, H) that its intrinsics are given for."""
-    if size != declared:
-        raise BadFrame(
-            f"{name} is {size}, but its intrinsics are of an image of {declared} px; use the set's own image"
-        )
+    transform = np.eye(4)
+    transform[:3, :3] = Rotation.from_quat(numbers[[1, 2, 3, 0]]).as_matrix()
+    transform[:3, 3] = numbers[4:]
+    return transform
 
 
 class LidarSource(Source):
     """A set whose depth comes from lidar sweeps.
 
     window: half-size in degrees of the search for nearer surfaces, about 1.25 times the spacing of the set's beams.
-    Frame.data of type str says why a frame that a set promises cannot be had; `load` raises it as BadFrame.
     """
 
     window: ClassVar[float] = WINDOW
     # A step of 1.95 mm up to 127.99 m: no lidar range here is above 120 m.
     depth_scale = 512.0
 
-    def __init__(self, raw, remove_hidden: bool = True):
+    def __init__(self, raw: str | Path, remove_hidden: bool = True):
         super().__init__(raw)
         self.remove_hidden = remove_hidden
 
-    def depth_from_points(self, points_camera: np.ndarray, intrinsics, size: tuple[int, int]) -> np.ndarray:
-        """Points (N, 3) in metres in the camera frame, through a pinhole (fx, fy, cx, cy) in px -> z-depth (H, W).
-
-        `size` is the image's (W, H). Raises BadFrame when the intrinsics are no camera's.
-        """
+    def depth_from_points(self, points_camera: ArrayLike, intrinsics: Intrinsics, size: tuple[int, int]) -> np.ndarray:
+        """Points (N, 3) in metres in the camera frame, through a pinhole camera -> z-depth (H, W); `size` is (W, H)."""
         fx, fy, cx, cy = intrinsics
-        if not (np.isfinite([fx, fy, cx, cy]).all() and fx > 0 and fy > 0):
-            raise BadFrame(
-                f"intrinsics (fx, fy, cx, cy) = {tuple(intrinsics)} are not a camera's; repair the calibration"
-            )
-        points = np.asarray(points_camera, dtype=np.float64)
-        x, y, z = points[points[:, 2] > 0].T
+        points = np.asarray(points_camera)
+        x, y, z = points[np.isfinite(points).all(axis=1) & (points[:, 2] > 0)].T
         return splat(fx * x / z + cx, fy * y / z + cy, z, size, fx, self.remove_hidden, self.window)

@@ -9,12 +9,11 @@ from bisect import bisect
 from collections.abc import Iterator
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as arrow_dataset
 
-from ..geometry import apply, invert_rigid
-from ._base import BadFrame, BadRaw, Frame, Sample
-from ._lidar import LidarSource, pose, require_size
+from ..geometry import apply
+from ._base import AbsentSplit, BadFrame, Frame, Sample
+from ._lidar import LidarSource, pose
 
 CAMERAS = (
     "ring_front_center",
@@ -29,8 +28,6 @@ POSE = ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")
 INTRINSICS = ("fx_px", "fy_px", "cx_px", "cy_px", "width_px", "height_px")
 # Sweeps come at 10 Hz, so one is never further than 50 ms from an image, but for the first and last of a log.
 MAX_GAP_NS = 51_000_000
-# A sweep has about 100 000 points, a pose table 2700 rows.
-MAX_ROWS = 4_000_000
 
 
 class Argoverse2(LidarSource):
@@ -61,80 +58,64 @@ class Argoverse2(LidarSource):
     window = 0.7
 
     def frames(self, split: str) -> Iterator[Frame]:
-        for own in self.own_splits(split):
-            if not self.path(own).is_dir():
-                raise BadRaw(f"no folder {own!r} in {self.raw}; download the logs of split {own} into it")
-            for log in self.listdir(own):
-                if self.path(own, log).is_dir():
-                    yield from self.frames_of_log(own, log)
+        for official_split in self.official_splits(split):
+            if not self.path(official_split).is_dir():
+                raise AbsentSplit(f"no folder {official_split!r} in {self.raw}; download its logs into it")
+            for log in self.listdir(official_split):
+                if self.path(official_split, log).is_dir():
+                    yield from self.frames_of_log(f"{official_split}/{log}", log)
 
-    def frames_of_log(self, own: str, log: str) -> Iterator[Frame]:
-        sweeps = self.timestamps(own, log, "sensors/lidar", ".feather")
+    def frames_of_log(self, folder: str, log: str) -> Iterator[Frame]:
+        sweeps = self.timestamps(f"{folder}/sensors/lidar", ".feather")
         for camera in CAMERAS:
-            images = self.timestamps(own, log, f"sensors/cameras/{camera}", ".jpg")
+            images = self.timestamps(f"{folder}/sensors/cameras/{camera}", ".jpg")
             if not images:
-                yield Frame(f"{log}/{camera}/none", log, camera, f"no image in {own}/{log}/sensors/cameras/{camera}")
+                problem = f"no image in {folder}/sensors/cameras/{camera}"
+                yield Frame(f"{log}/{camera}/none", log, camera, problem=problem)
             for timestamp in images:
-                yield Frame(
-                    f"{log}/{camera}/{timestamp}", log, camera, (own, log, timestamp, nearest(sweeps, timestamp))
-                )
+                data = folder, timestamp, nearest(sweeps, timestamp)
+                yield Frame(f"{log}/{camera}/{timestamp}", log, camera, data)
 
-    def timestamps(self, own: str, log: str, folder: str, suffix: str) -> list[int]:
+    def timestamps(self, folder: str, suffix: str) -> list[int]:
         """Sorted timestamps in ns that name the files of a folder; empty when there is no such folder."""
-        if not self.path(own, log, folder).is_dir():
-            return []
-        names = (name.removesuffix(suffix) for name in self.listdir(own, log, folder) if name.endswith(suffix))
-        return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+        names = self.listdir(folder) if self.path(folder).is_dir() else []
+        return sorted(int(name.removesuffix(suffix)) for name in names if name.endswith(suffix))
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
-        own, log, timestamp, sweep = frame.data
-        name = f"{own}/{log}/sensors/cameras/{frame.camera}/{timestamp}.jpg"
+        folder, timestamp, sweep = frame.data
+        name = f"{folder}/sensors/cameras/{frame.camera}/{timestamp}.jpg"
         if sweep is None or abs(sweep - timestamp) > MAX_GAP_NS:
             raise BadFrame(f"{name} has no lidar sweep within {MAX_GAP_NS // 1_000_000} ms; the nearest is {sweep}")
-        image, size = self.read_image(name)
-        fx, fy, cx, cy, *declared = self.row(
-            f"{own}/{log}/calibration/intrinsics.feather", "sensor_name", frame.camera, INTRINSICS
-        )
-        require_size(name, size, tuple(declared))
-        intrinsics = (fx, fy, cx, cy)
-        camera = self.pose(f"{own}/{log}/calibration/egovehicle_SE3_sensor.feather", "sensor_name", frame.camera)
+        calibration = f"{folder}/calibration/intrinsics.feather"
+        *intrinsics, width, height = self.row(calibration, "sensor_name", frame.camera, INTRINSICS)
+        image, size = self.read_image(name, size=(width, height))
+        camera = self.pose(f"{folder}/calibration/egovehicle_SE3_sensor.feather", "sensor_name", frame.camera)
         ego_camera, ego_lidar = (
-            self.pose(f"{own}/{log}/city_SE3_egovehicle.feather", "timestamp_ns", t) for t in (timestamp, sweep)
+            self.pose(f"{folder}/city_SE3_egovehicle.feather", "timestamp_ns", t) for t in (timestamp, sweep)
         )
-        points = self.points(f"{own}/{log}/sensors/lidar/{sweep}.feather")
-        transform = invert_rigid(camera) @ invert_rigid(ego_camera) @ ego_lidar
-        return Sample(image, self.depth_from_points(apply(transform, points), intrinsics, size), intrinsics)
+        points = self.points(f"{folder}/sensors/lidar/{sweep}.feather")
+        in_camera = apply(np.linalg.inv(ego_camera @ camera) @ ego_lidar, points)
+        return Sample(image, self.depth_from_points(in_camera, intrinsics, size), tuple(intrinsics))
 
     def points(self, path: str) -> np.ndarray:
         """A sweep's points (N, 3) float64 in metres in the ego frame at the sweep's time; half-floats in the file."""
-        table = self.table(path, columns=["x", "y", "z"])
-        if not all(pa.types.is_floating(column.type) for column in table.columns):
-            raise BadFrame(f"{path} holds points of type {table.schema.types}, not floats")
-        points = np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
-        return points[np.isfinite(points).all(axis=1)]
+        table = self.dataset(path).to_table(["x", "y", "z"], use_threads=False)
+        return np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
 
-    def pose(self, path: str, key: str, value) -> np.ndarray:
+    def pose(self, path: str, key: str, value: str | int) -> np.ndarray:
         numbers = self.row(path, key, value, POSE)
         return pose(numbers[:4], numbers[4:], f"{value} in {path}")
 
-    def row(self, path: str, key: str, value, columns: tuple[str, ...]) -> list[float]:
+    def row(self, path: str, key: str, value: str | int, columns: tuple[str, ...]) -> list[float]:
         """Numbers in the row that has exactly this value: timestamps 1-5 ns apart are different poses."""
-        rows = self.table(path, columns=list(columns), filter=arrow_dataset.field(key) == value).to_pylist()
-        numbers = [rows[0][column] for column in columns] if rows else [None]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise BadFrame(f"{path} has no whole row with {key} {value}; the log is not complete")
-        return numbers
+        condition = arrow_dataset.field(key) == value
+        rows = self.dataset(path).to_table(list(columns), filter=condition, use_threads=False).to_pylist()
+        if not rows:
+            raise BadFrame(f"{path} has no row with {key} {value}; the log is not complete")
+        return [rows[0][column] for column in columns]
 
-    def table(self, path: str, **selection) -> pa.Table:
-        try:
-            file = arrow_dataset.dataset(self.path(path), format="feather")
-            if file.count_rows() > MAX_ROWS:
-                raise BadFrame(f"{path} declares more than {MAX_ROWS} rows; not a file of this set")
-            return file.to_table(**selection, use_threads=False)
-        except pa.ArrowException as error:
-            raise BadFrame(f"{path} is not the expected Feather table ({error})") from error
+    def dataset(self, path: str) -> arrow_dataset.Dataset:
+        return arrow_dataset.dataset(self.path(path), format="feather")
 
 
 def nearest(times: list[int], time: int) -> int | None:

@@ -3,7 +3,7 @@
 The depth maps belong to the *distorted* photographs, the pinhole images are the undistorted ones, and both cannot be
 paired pixel by pixel. So each measured pixel is unprojected through the lens model (THIN_PRISM_FISHEYE) and projected
 into the undistorted image, where the nearest point wins a pixel; z is kept, since both cameras share their axes.
-A point moves to a whole pixel there, at most half a pixel away. Nothing is removed as hidden: the set's own depth
+A point moves to a whole pixel there, at most half a pixel away. Nothing is removed as hidden: the set's depth
 already is without occluded points.
 
 Both calibrations are COLMAP's, whose first pixel has its centre at 0.5, so 0.5 is taken off cx and cy. The depth
@@ -13,11 +13,11 @@ the 0.5 when it writes its calibration.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ._base import MAX_PIXELS, BadFrame, Frame, Sample, Source
+from ._base import BadFrame, Frame, Sample, Source
 from ._lidar import splat
 
 # Kind of images -> calibration folder, image folder, camera model, number of its parameters.
@@ -53,11 +53,11 @@ class Eth3d(Source):
     def frames(self, split: str) -> Iterator[Frame]:
         """The images of each scene's undistorted images.txt. Where that is missing or broken, what the scene's folders
         hold, so that `load` names the reason for each image."""
-        self.own_splits(split)
+        self.official_splits(split)
         for scene in self.listdir():
             try:
                 names = set(self._camera_ids(scene, UNDISTORTED))
-            except (BadFrame, OSError):
+            except (ValueError, OSError):
                 folders = [(scene, "images", UNDISTORTED[1]), (scene, DEPTH)]
                 names = {name for folder in folders if self.path(*folder).is_dir() for name in self.listdir(*folder)}
             for name in sorted(names):
@@ -66,13 +66,11 @@ class Eth3d(Source):
 
     def load(self, frame: Frame) -> Sample:
         scene, name = frame.data
-        lens_size, lens = self._camera(scene, name, DISTORTED)
+        lens_size, (lens_fx, lens_fy, lens_cx, lens_cy, *lens) = self._camera(scene, name, DISTORTED)
         size, (fx, fy, cx, cy) = self._camera(scene, name, UNDISTORTED)
-        image, found = self.read_image(scene, "images", UNDISTORTED[1], name)
-        if found != size:
-            raise BadFrame(f"image {scene}/{name} is {found}, but its camera {size}; both must come from one download")
+        image, _ = self.read_image(scene, "images", UNDISTORTED[1], name, size=size)
         u, v, z = self._depth_pixels(f"{scene}/{DEPTH}/{name}", lens_size)
-        x, y, valid = undistort((u - lens[2]) / lens[0], (v - lens[3]) / lens[1], lens[4:])
+        x, y, valid = undistort((u - lens_cx) / lens_fx, (v - lens_cy) / lens_fy, lens)
         # The set made these pixels by projecting points, so a lens that cannot be inverted there is not theirs.
         if (lost := np.count_nonzero(~valid)) > 0.01 * len(valid):
             raise BadFrame(
@@ -97,45 +95,31 @@ class Eth3d(Source):
 
     def _camera(self, scene: str, name: str, kind: tuple[str, str, str, int]) -> tuple[tuple[int, int], list[float]]:
         """Size (W, H) and parameters of an image's camera, with cx and cy counted from pixel centres."""
-        ids, file = self._camera_ids(scene, kind), f"{scene}/{kind[0]}/cameras.txt"
+        folder, images, model, count = kind
+        ids = self._camera_ids(scene, kind)
         if name not in ids:
-            raise BadFrame(f"{scene}/{kind[0]}/images.txt has no image {kind[1]}/{name}; it has no calibration")
-        lines = [line.split() for line in self.read_text(file).split("\n") if not line.startswith("#")]
-        fields = next((fields for fields in lines if fields and fields[0] == ids[name]), [])
-        try:
-            (width, height), numbers = map(int, fields[2:4]), [float(field) for field in fields[4:]]
-        except ValueError as error:
-            raise BadFrame(f"{file}: camera {ids[name]} is missing or not 'id MODEL W H numbers' ({error})") from error
-        if fields[1] != kind[2] or len(numbers) != kind[3]:
-            raise BadFrame(
-                f"{file}: camera {ids[name]} is {fields[1]} of {len(numbers)} numbers, not {kind[2]} of {kind[3]}"
-            )
-        if min(width, height) < 1 or width * height > MAX_PIXELS:
-            raise BadFrame(
-                f"{file}: camera {ids[name]} is {width}x{height}; refused, at most {MAX_PIXELS} pixels are read"
-            )
-        if not all(map(math.isfinite, numbers)) or min(numbers[:2]) <= 0:
-            raise BadFrame(f"{file}: camera {ids[name]} has numbers that are not finite or a focal length <= 0")
-        return (width, height), [*numbers[:2], numbers[2] - 0.5, numbers[3] - 0.5, *numbers[4:]]
+            raise BadFrame(f"{scene}/{folder}/images.txt has no image {images}/{name}; it has no calibration")
+        lines = [line.split() for line in self.read_text(scene, folder, "cameras.txt").splitlines()]
+        fields = next((fields for fields in lines if fields[:2] == [ids[name], model]), [])
+        if len(fields) != 4 + count:
+            raise BadFrame(f"{scene}/{folder}/cameras.txt has no {model} of {count} numbers for camera {ids[name]}")
+        fx, fy, cx, cy, *lens = map(float, fields[4:])
+        return (int(fields[2]), int(fields[3])), [fx, fy, cx - 0.5, cy - 0.5, *lens]
 
     def _camera_ids(self, scene: str, kind: tuple[str, str, str, int]) -> dict[str, str]:
-        """File name -> camera id, of an images.txt. Two lines an image; the second, its 2-D points, may be empty."""
-        file = f"{scene}/{kind[0]}/images.txt"
-        ids, lines = {}, iter(self.read_text(file).split("\n"))
+        """File name -> camera id, of an images.txt. Two lines per image; the second, its 2-D points, may be empty."""
+        ids, lines = {}, iter(self.read_text(scene, kind[0], "images.txt").splitlines())
         for line in lines:
             if line.strip() and not line.startswith("#"):
-                fields = line.split()
-                folder, _, name = fields[-1].rpartition("/")
-                if len(fields) != 10 or folder != kind[1] or name in ("", ".", ".."):
-                    raise BadFrame(
-                        f"{file} has the line {line[:200]!r}, not 'id qw qx qy qz tx ty tz camera {kind[1]}/NAME'"
-                    )
-                ids[name] = fields[8]
+                *_, camera, name = line.split()
+                ids[name.rpartition("/")[2]] = camera
                 next(lines, None)
         return ids
 
 
-def undistort(x_distorted, y_distorted, lens) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def undistort(
+    x_distorted: np.ndarray, y_distorted: np.ndarray, lens: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Invert THIN_PRISM_FISHEYE: distorted normalised coordinates (N,) -> x / z, y / z and which are valid, each (N,).
 
     lens: k1, k2, p1, p2, k3, k4, sx1, sy1. Forwards, a direction at angle theta from the axis is first put at radius

@@ -24,9 +24,10 @@ class HM3D(Omnidata):
     )
     depth_range = (0.01, 10.0)
     part = "hm3d"
+    split_file = "metadata.csv"
 
-    def scenes(self, own_split: str) -> list[str]:
-        return [scene for scene, member in self.table("metadata.csv", "scene", "split") if member == own_split]
+    def scene_of(self, row: dict[str, str], official_split: str) -> str | None:
+        return row["scene"] if row["split"] == official_split else None
 
 
 SOURCE = HM3D

@@ -1,17 +1,15 @@
 """iBims-1: 100 indoor photographs with laser-scanned depth. Evaluation only.
 
-Depth words are value * 50 / 65535 metres, 0 = none, read as z (what the set does not state, but its values agree with).
+Depth is stored as value * 50 / 65535 metres, 0 = none, and read as z (the set does not state this; its values agree).
 The 1-bit masks say which pixels to *keep*, despite their names: `mask_invalid` is 0 where depth is invalid,
 `mask_transp` is 0 on transparent things. Both are applied.
 """
 
-import math
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
-from ._base import BadFrame, BadRaw, Frame, Sample, Source, open_image
+from ._base import BadFrame, Frame, Sample, Source, open_image, pixels_of
 
 
 class Ibims1(Source):
@@ -35,49 +33,38 @@ class Ibims1(Source):
     )
     splits = {"test": ("all",)}
     depth_range = (0.005, 25.0)
-    depth_scale = 65535 / 50  # the set's own words
+    depth_scale = 65535 / 50  # the set's step
 
     def frames(self, split: str) -> Iterator[Frame]:
-        self.own_splits(split)
+        self.official_splits(split)
         if self.path("imagelist.txt").is_file():
             names = self.read_text("imagelist.txt").split()
         else:
             names = [name for name in self.listdir("rgb") if name.endswith(".png")]
         for name in sorted({name.removesuffix(".png") for name in names}):
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise BadRaw(f"imagelist.txt or rgb/ has the image name {name!r}; a name is like livingroom_05")
-            yield Frame(name, name.rpartition("_")[0], "", name)
+            yield Frame(name, scene=name.rpartition("_")[0])
 
     def load(self, frame: Frame) -> Sample:
-        file = f"{frame.data}.png"
+        file, calibration = f"{frame.id}.png", f"calib/{frame.id}.txt"
         image, _ = self.read_image("rgb", file)
         depth = self.read_depth16("depth", file).astype(np.float32) * np.float32(50 / 65535)
         for mask in ("mask_invalid", "mask_transp"):
             depth[~self._keep(f"{mask}/{file}", depth.shape)] = 0
-        return Sample(image, depth, self._intrinsics(f"calib/{frame.data}.txt"))
+        try:
+            fx, fy, cx, cy = map(float, self.read_text(calibration).split(","))
+        except ValueError as error:
+            raise BadFrame(f"{calibration} is not one line fx,fy,cx,cy ({error})") from error
+        return Sample(image, depth, (fx, fy, cx, cy))
 
     def _keep(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """A mask file -> (h, w) bool, true = keep."""
-        image = open_image(self.read_bytes(name), name)
+        mask = open_image(self.read_bytes(name), name)
         # Colour or palette indexes would not mean zero / non-zero.
-        if image.mode not in ("1", "L") or image.size != shape[::-1]:
+        if mask.mode not in ("1", "L") or mask.size != shape[::-1]:
             raise BadFrame(
-                f"{name} is {image.size} of Pillow mode {image.mode!r}; it must be a 1-bit mask of {shape[::-1]}"
+                f"{name} is {mask.size} of Pillow mode {mask.mode!r}; it must be a 1-bit mask of {shape[::-1]}"
             )
-        try:
-            return np.asarray(image) != 0
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadFrame(f"{name} is truncated or broken ({error})") from error
-
-    def _intrinsics(self, name: str) -> tuple[float, float, float, float]:
-        """One line fx,fy,cx,cy in px."""
-        try:
-            fx, fy, cx, cy = map(float, self.read_text(name).split(","))
-        except ValueError as error:
-            raise BadFrame(f"{name} is not one line fx,fy,cx,cy ({error})") from error
-        if not all(map(math.isfinite, (fx, fy, cx, cy))) or min(fx, fy) <= 0:
-            raise BadFrame(f"{name} holds {fx}, {fy}, {cx}, {cy}; focal lengths must be positive, all numbers finite")
-        return fx, fy, cx, cy
+        return pixels_of(mask, name) != 0
 
 
 SOURCE = Ibims1

@@ -1,16 +1,15 @@
 """Matterport3D: 18 undistorted 1280x1024 views a panorama with sensor depth. Train only.
 
-Facts: niessner/Matterport, data_organization.md. It says that the undistorted images have their origin at the bottom
-left, but not whether cy counts from there; cx and cy are passed on as stored (cy lies within a few px of the middle).
+The .conf counts cy from the bottom row: from the top it is 1023 - cy. Facts: niessner/Matterport, data_organization.md
+and gaps/pkgs/RGBD/RGBDCamera.cpp, which flips it when it reads the raw cameras' files.
 """
 
-import math
 import re
 from collections.abc import Iterator
 
 import numpy as np
 
-from ._base import BadFrame, BadRaw, Frame, Sample, Source
+from ._base import BadRaw, Frame, Sample, Source, pinhole
 
 IMAGE_SIZE = (1280, 1024)  # W, H that the .conf's intrinsics are of
 # PANORAMA_dCAMERA_YAW.png and the colour image of the same view; the .conf names them, and nothing else is opened
@@ -38,86 +37,61 @@ class Matterport3D(Source):
     depth_scale = 4000.0
 
     def frames(self, split: str) -> Iterator[Frame]:
-        for own_split in self.own_splits(split):
-            for scan in self._scans(f"scenes_{own_split}.txt"):
+        for official_split in self.official_splits(split):
+            for scan in self._scans(f"scenes_{official_split}.txt"):
                 yield from self._views(scan)
 
     def _scans(self, name: str) -> list[str]:
-        for parts in ((name,), ("tasks", "benchmark", name)):
-            if self.path(*parts).is_file():
-                break
-        else:
+        file = next((file for file in (name, f"tasks/benchmark/{name}") if self.path(file).is_file()), None)
+        if file is None:
             raise BadRaw(f"{name} is missing below {self.raw}; take it from tasks/benchmark of niessner/Matterport")
-        scans = sorted(set(self.read_text(*parts).split()))
-        for scan in scans:
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", scan):
-                raise BadRaw(f"{name} holds {scan!r}, which is not a scan name; download it again")
-        return scans
+        return sorted(set(self.read_text(file).split()))
 
     def _views(self, scan: str) -> Iterator[Frame]:
-        """The views that the scan's .conf lists. A frame whose data is a text cannot be used, for that reason."""
+        """The views that the scan's .conf lists."""
         conf = f"{scan}/undistorted_camera_parameters/{scan}.conf"
         try:
-            n_images, lines = read_conf(self.read_text(conf))
+            n_images, scans = read_conf(self.read_text(conf))
         except (OSError, ValueError) as error:
-            yield Frame(scan, scan, data=f"{conf} cannot be read ({error}); download or unpack this scan")
+            yield Frame(scan, scan, problem=f"{conf} cannot be read ({error}); download or unpack this scan")
             return
-        found = {}
-        for number, files, intrinsics in lines:
-            match = PAIR.fullmatch(files)
-            key = f"{scan}/{match[1]}_i{match[2]}_{match[3]}" if match else ""
-            if not match or key in found:
-                why = "is listed twice" if match else "is not the depth and colour image of one view"
-                bad = f"{scan}/line_{number}"
-                found[bad] = Frame(bad, scan, data=f"{conf}, line {number}: {files!r} {why}")
-            elif intrinsics is None:
-                found[key] = Frame(key, scan, data=f"{conf}, line {number}: no valid intrinsics_matrix precedes it")
+        frames = []
+        for line, files, matrix in scans:
+            if match := PAIR.fullmatch(files):
+                view = f"{scan}/{match[1]}_i{match[2]}_{match[3]}"
+                frames.append(Frame(view, scan, f"i{match[2]}", (*files.split(), matrix)))
             else:
-                found[key] = Frame(key, scan, camera=f"i{match[2]}", data=(*files.split(), intrinsics))
-        if n_images != str(len(lines)):
-            short = f"{conf} says n_images {n_images!r}, but has {len(lines)} scan lines; download it again"
-            found[f"{scan}/n_images"] = Frame(f"{scan}/n_images", scan, data=short)
-        yield from (found[key] for key in sorted(found))
+                problem = f"{conf}, line {line}: {files!r} is not the depth and colour image of one view"
+                frames.append(Frame(f"{scan}/line_{line}", scan, problem=problem))
+        if n_images != str(len(scans)):
+            problem = f"{conf} says n_images {n_images!r}, but has {len(scans)} scan lines; download it again"
+            frames.append(Frame(f"{scan}/n_images", scan, problem=problem))
+        yield from sorted(frames, key=lambda frame: frame.id)
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
-        depth_name, image_name, intrinsics = frame.data
-        image, size = self.read_image(frame.scene, "undistorted_color_images", image_name)
-        if size != IMAGE_SIZE:
-            why = "but its intrinsics are of 1280x1024; take the image as released"
-            raise BadFrame(f"{image_name} is {size[0]}x{size[1]}, {why}")
-        words = self.read_depth16(frame.scene, "undistorted_depth_images", depth_name)
-        return Sample(image, words / np.float32(self.depth_scale), intrinsics)
+        depth_name, image_name, matrix = frame.data
+        fx, fy, cx, cy = pinhole(matrix, f"the intrinsics_matrix of {image_name}")
+        image, _ = self.read_image(frame.scene, "undistorted_color_images", image_name, size=IMAGE_SIZE)
+        stored = self.read_depth16(frame.scene, "undistorted_depth_images", depth_name)
+        return Sample(image, stored / np.float32(self.depth_scale), (fx, fy, cx, IMAGE_SIZE[1] - 1 - cy))
 
 
-def read_conf(text: str) -> tuple[str, list[tuple[int, str, tuple[float, ...] | None]]]:
-    """The n_images of a .conf and its scan lines: line number, "DEPTH COLOUR" file names, intrinsics.
+def read_conf(text: str) -> tuple[str, list[tuple[int, str, list[str]]]]:
+    """The n_images of a .conf and its scan lines: line number, "DEPTH COLOUR" file names, intrinsics_matrix.
 
-    An intrinsics_matrix line holds for the scan lines after it, until the next one; None where there is no valid one.
+    An intrinsics_matrix line holds for the scan lines after it, until the next one; empty where none precedes.
     The poses are not needed: depth is in the camera's own frame.
     """
-    n_images, intrinsics, scans = "", None, []
+    n_images, matrix, scans = "", [], []
     for number, line in enumerate(text.splitlines(), 1):
-        word, *values = line.split() or [""]  # split() takes the double blanks of intrinsics_matrix as one
-        if word == "n_images":
+        key, *values = line.split() or [""]  # split() takes the double blanks of intrinsics_matrix as one
+        if key == "n_images":
             n_images = " ".join(values)
-        elif word == "intrinsics_matrix":
-            intrinsics = pinhole(values)
-        elif word == "scan":
-            scans.append((number, " ".join(values[:2]), intrinsics))
+        elif key == "intrinsics_matrix":
+            matrix = values
+        elif key == "scan":
+            scans.append((number, " ".join(values[:2]), matrix))
     return n_images, scans
-
-
-def pinhole(values: list[str]) -> tuple[float, ...] | None:
-    """fx, fy, cx, cy of a row-major 3x3 matrix; None if it is not one of a pinhole camera."""
-    try:
-        fx, skew, cx, zero, fy, cy, *last = (float(value) for value in values)
-    except ValueError:
-        return None
-    if last != [0, 0, 1] or skew or zero or not (fx > 0 and fy > 0 and all(map(math.isfinite, (fx, fy, cx, cy)))):
-        return None
-    return fx, fy, cx, cy
 
 
 SOURCE = Matterport3D

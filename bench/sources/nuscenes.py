@@ -4,18 +4,16 @@ A pixel's depth: lidar -> ego at the sweep's time -> global -> ego at the image'
 Splits: the names of the official train and val scenes are not in the data, so "train" here is all of v1.0-trainval
 (850 scenes, about the 206K images of the paper) and "test" is v1.0-test.
 Images are published undistorted. Pixel centres at whole numbers are assumed; the set does not say.
-The tables hold millions of rows of which keyframes need few: they are read row by row and only those are kept.
+The tables hold millions of rows of which keyframes need few: they are streamed and only those are kept.
 """
 
-import json
-import re
 from collections.abc import Iterator
 
 import numpy as np
 
-from ..geometry import apply, invert_rigid
-from ._base import BadFrame, BadRaw, Frame, Sample
-from ._lidar import LidarSource, pose, require_size
+from ..geometry import apply
+from ._base import AbsentSplit, BadFrame, BadRaw, Frame, Sample, import_package, pinhole
+from ._lidar import LidarSource, pose
 
 CAMERAS = ("CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT", "CAM_FRONT", "CAM_FRONT_LEFT", "CAM_FRONT_RIGHT")
 LIDAR = "LIDAR_TOP"
@@ -23,9 +21,6 @@ LIDAR = "LIDAR_TOP"
 KEPT = ("ego_pose_token", "calibrated_sensor_token", "filename", "width", "height")
 # x, y, z, intensity, ring index
 POINT_FIELDS = 5
-# Characters read at a time, and the longest row: real ones have a few hundred.
-CHUNK = 1 << 20
-BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 
 class NuScenes(LidarSource):
@@ -50,8 +45,10 @@ samples/LIDAR_TOP/*.pcd.bin"""
     window = 1.6
 
     def frames(self, split: str) -> Iterator[Frame]:
-        for own in self.own_splits(split):
-            yield from self.frames_of_tables(own)
+        for folder in self.official_splits(split):
+            if not self.path(folder).is_dir():
+                raise AbsentSplit(f"no folder {folder} in {self.raw}; unpack the archive of its tables there")
+            yield from self.frames_of_tables(folder)
 
     def frames_of_tables(self, folder: str) -> Iterator[Frame]:
         try:
@@ -79,54 +76,29 @@ samples/LIDAR_TOP/*.pcd.bin"""
         for scene, scene_token in scenes:
             for camera in CAMERAS:
                 for timestamp, token in sorted(samples[scene_token]):
+                    data, problem = None, ""
                     try:
                         data = link(keyframes[token, camera], keyframes[token, LIDAR], sensors, egos)
                     except (ValueError, TypeError, KeyError) as error:
-                        data = f"sample {token} has no usable {camera} with {LIDAR} ({error!r})"
-                    yield Frame(f"{scene}/{camera}/{timestamp}", scene, camera, data)
+                        problem = f"sample {token} has no usable {camera} with {LIDAR} ({error!r})"
+                    yield Frame(f"{scene}/{camera}/{timestamp}", scene, camera, data, problem)
 
     def rows(self, folder: str, table: str) -> Iterator[dict]:
-        """The rows of one table, a JSON list of objects, with no more than a few MB of it in memory."""
-        name, decoder = f"{folder}/{table}.json", json.JSONDecoder()
+        """The rows of one table, a JSON list of objects, of which few are in memory at a time."""
+        ijson, name = import_package("ijson", "ijson"), f"{folder}/{table}.json"
         try:
-            file = self.path(name).open(encoding="utf-8")
-        except OSError as error:
-            raise BadRaw(
-                f"{name} cannot be read in {self.raw} ({error.strerror}); unpack the archive of tables"
-            ) from error
-        with file:
-            text, position = file.read(CHUNK), 1
-            if not text.startswith("["):
-                raise BadRaw(f"{name} is not a JSON list")
-            while True:
-                position = BETWEEN_ROWS.match(text, position).end()
-                if text.startswith("{", position):
-                    try:
-                        row, position = decoder.raw_decode(text, position)
-                        yield row
-                        continue
-                    except json.JSONDecodeError:
-                        pass  # the row goes on in the next chunk, or is broken
-                elif text.startswith("]", position):
-                    return
-                more = file.read(CHUNK)
-                if not more or len(text) - position > CHUNK:
-                    raise BadRaw(
-                        f"{name} is cut off or broken at {text[position : position + 40]!r}; download it again"
-                    )
-                text, position = text[position:] + more, 0
+            with self.path(name).open("rb") as file:
+                yield from ijson.items(file, "item", use_float=True)
+        except (OSError, ijson.JSONError) as error:
+            raise BadRaw(f"{name} cannot be read in {self.raw} ({error}); unpack the archive of tables") from error
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
-        image_name, declared, lidar_name, intrinsics, transform = frame.data
-        image, size = self.read_image(image_name)
-        require_size(image_name, size, declared)
+        image_name, size, lidar_name, intrinsics, transform = frame.data
+        image, _ = self.read_image(image_name, size=size)
         content = self.read_bytes(lidar_name)
         if len(content) % (4 * POINT_FIELDS):
             raise BadFrame(f"{lidar_name} has {len(content)} bytes, not whole points of {POINT_FIELDS} float32")
         points = np.frombuffer(content, "<f4").reshape(-1, POINT_FIELDS)[:, :3]
-        points = points[np.isfinite(points).all(axis=1)]
         return Sample(image, self.depth_from_points(apply(transform, points), intrinsics, size), intrinsics)
 
 
@@ -139,11 +111,9 @@ def link(camera_row: tuple, lidar_row: tuple, sensors: dict, egos: dict) -> tupl
         @ pose(sensors[sensor]["rotation"], sensors[sensor]["translation"], f"sensor {sensor}")
         for ego, sensor in ((camera_ego, camera), (lidar_ego, lidar))
     )
-    (fx, skew, cx), (_, fy, cy), _ = np.array(sensors[camera]["camera_intrinsic"], dtype=np.float64).tolist()
-    if skew:
-        raise BadFrame(f"sensor {camera} has a skew of {skew}; fx, fy, cx, cy cannot express it")
-    transform = invert_rigid(camera_to_global) @ lidar_to_global
-    return image_name, (width, height), lidar_name, (fx, fy, cx, cy), transform
+    transform = np.linalg.inv(camera_to_global) @ lidar_to_global
+    intrinsics = pinhole(sensors[camera]["camera_intrinsic"], f"the camera_intrinsic of sensor {camera}")
+    return image_name, (width, height), lidar_name, intrinsics, transform
 
 
 SOURCE = NuScenes

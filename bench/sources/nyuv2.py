@@ -1,16 +1,20 @@
 """NYUv2: the 654 labelled test frames of a Kinect v1. Evaluation only; two releases are read, never mixed.
 
-- Inside SUN RGB-D (the paper's choice, taken when both are there): 561x427 images, a crop of the original, whose top
-  left pixel is the original's (41, 45); depth is `depth_bfx`, filled (see `bench.sun`).
+- Inside SUN RGB-D (the paper's choice, taken where both are present): 561x427 images, the originals from their pixel
+  (40, 44) on, counted from 0; depth is `depth_bfx`, with holes filled (see `_sun.py`).
 - nyu_depth_v2_labeled.mat: the original 640x480 images, and `rawDepths`, which are measured pixels only: 0 = none, and
   10 m is where the set cuts off all farther values, so it is no measurement either. float32 metres, stored in 1 mm.
+
+Uncertain by 1 px: cx and cy. SUN's are the original's less (41, 45), not (40, 44), which is right if the original's
+count pixels from 1 and SUN's from 0. Neither set says; here both are taken as counted from 0.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from ._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source
+from ._base import BadFrame, BadRaw, Frame, Sample, Source, import_package
 from ._sun import ALLSPLIT, alltest_folders, load_scene, read_mat
 
 LABELED = "nyu_depth_v2_labeled.mat"
@@ -35,60 +39,38 @@ class NyuV2(Source):
     depth_range = (0.005, 10.0)
     depth_scale = 1000.0
 
+    def __init__(self, raw: str | Path):
+        super().__init__(raw)
+        self.in_sun = self.path("SUNRGBD/kv1/NYUdata").is_dir()
+
     def frames(self, split: str) -> Iterator[Frame]:
-        self.own_splits(split)
-        in_sun = self.path("SUNRGBD/kv1/NYUdata").is_dir()
-        if not in_sun and not self.path(LABELED).is_file():
+        self.official_splits(split)
+        if not self.in_sun and not self.path(LABELED).is_file():
             raise BadRaw(f"{self.raw} has neither SUNRGBD/kv1/NYUdata nor {LABELED}; pass the folder that holds one")
         if self.path("splits.mat").is_file():
-            names = [f"NYU{number:04d}" for number in self._test_numbers()]
-        elif in_sun:
+            numbers = read_mat(self, "splits.mat", "testNdxs").ravel().astype(int)  # they count from 1
+            if numbers.min() < 1:
+                raise BadRaw("splits.mat: testNdxs must be whole numbers from 1 up; download it again")
+            names = [f"NYU{number:04d}" for number in sorted(numbers)]
+        elif self.in_sun:
             names = [folder.rsplit("/", 1)[1] for folder in alltest_folders(self) if folder.startswith("kv1/NYUdata/")]
         else:
             raise BadRaw(f"splits.mat is not beside {LABELED}; download it from {self.page}")
         for name in names:
-            yield Frame(name, "", "", f"kv1/NYUdata/{name}" if in_sun else int(name[3:]))
-
-    def _test_numbers(self) -> list[int]:
-        """testNdxs of splits.mat, which count from 1, sorted."""
-        numbers = np.asarray(read_mat(self, "splits.mat", "testNdxs"), dtype=np.float64).ravel()
-        if not np.all((numbers >= 1) & (numbers <= 9999) & (numbers == np.floor(numbers))):
-            raise BadRaw("splits.mat: testNdxs must be whole numbers from 1 up; download it again")
-        return sorted({int(number) for number in numbers})
+            yield Frame(name, scene="")
 
     def load(self, frame: Frame) -> Sample:
-        return load_scene(self, frame.data) if isinstance(frame.data, str) else self._load_labeled(frame.data - 1)
-
-    def _load_labeled(self, index: int) -> Sample:
-        try:
-            import h5py
-        except ImportError as error:
-            raise ImportError(f"reading {LABELED} needs h5py; run: pip install h5py") from error
-        with h5py.File(self.path(LABELED), "r") as file:
+        if self.in_sun:
+            return load_scene(self, f"kv1/NYUdata/{frame.id}")
+        index = int(frame.id.removeprefix("NYU")) - 1
+        with import_package("h5py", "h5py").File(self.path(LABELED), "r") as file:
+            images, depths = file["images"], file["rawDepths"]
             # HDF5 reverses MATLAB's axes: (frame, channel, column, row).
-            image = _one(file, "images", index, "uint8", (3, 640, 480)).transpose(2, 1, 0)
-            depth = _one(file, "rawDepths", index, "float32", (640, 480)).T
-        if not np.all(np.isfinite(depth)) or depth.min() < 0:
-            raise BadFrame(f"{LABELED} frame {index + 1}: rawDepths holds NaN, infinite or negative metres")
-        depth = np.where(depth < SATURATED, depth, np.float32(0))
+            if (images.shape[1:], depths.shape[1:]) != ((3, 640, 480), (640, 480)):
+                raise BadFrame(f"{LABELED}: images is {images.shape}, rawDepths is {depths.shape}; download it again")
+            image, depth = images[index].transpose(2, 1, 0), depths[index].T
+        depth[depth == SATURATED] = 0
         return Sample(np.ascontiguousarray(image), depth, INTRINSICS)
-
-
-def _one(file, name: str, index: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Entry `index` of an HDF5 data set that must be as the release has it, its values inside the file itself."""
-    import h5py
-
-    link = file.get(name, getlink=True)
-    data = file.get(name) if isinstance(link, h5py.HardLink) else None
-    if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
-        raise BadFrame(f"{LABELED} has no data set {name!r} of its own; download it again")
-    if data.dtype != dtype or data.shape[1:] != shape:
-        raise BadFrame(f"{LABELED}: {name} is {data.dtype} {data.shape}, not {dtype} (N, {', '.join(map(str, shape))})")
-    if data.chunks and np.prod(data.chunks, dtype=np.float64) > MAX_PIXELS:
-        raise BadFrame(f"{LABELED}: {name} has chunks of {data.chunks}; refused as a decompression bomb")
-    if not 0 <= index < len(data):
-        raise BadFrame(f"{LABELED} holds {len(data)} frames, but splits.mat lists number {index + 1}")
-    return data[index]
 
 
 SOURCE = NyuV2

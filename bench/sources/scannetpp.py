@@ -5,7 +5,6 @@ depth is read from the extracted PNGs or, where there are none, from depth.bin.
 """
 
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ._base import BadFrame, BadRaw, Frame, Sample, Source
+from ._base import BadFrame, BadRaw, Frame, Sample, Source, import_package, pinhole
 
 FRAME_STEP = 60  # every 60th frame of the 60 fps video, as the official lists take them
 IMAGE_SIZE = (1920, 1440)  # W, H that the intrinsics in pose_intrinsic_imu.json are of
-BIN_SHAPE = (192, 256)  # rows, columns of depth.bin, which does not say; a PNG brings its own
+BIN_SHAPE = (192, 256)  # rows, columns of depth.bin, which does not say; a PNG has its size
 METRES_BYTES = 4 * BIN_SHAPE[0] * BIN_SHAPE[1]  # one frame as float32 metres
 MILLIMETRES_BYTES = 2 * BIN_SHAPE[0] * BIN_SHAPE[1]  # one frame as uint16 millimetres
-MAX_FRAMES = 1_000_000  # frame numbers have six digits
 RGB_NAME = re.compile(r"frame_(\d{6})\.jpg", re.ASCII)
 
 
@@ -51,88 +49,63 @@ class ScanNetPP(Source):
         self._depth_bin: tuple[str, DepthBin] | None = None  # of the last scene read
 
     def frames(self, split: str) -> Iterator[Frame]:
-        for own_split in self.own_splits(split):
-            for scene in self._scenes(f"{own_split}.txt"):
+        for official_split in self.official_splits(split):
+            name = f"splits/{official_split}.txt"
+            try:
+                scenes = sorted(set(self.read_text(name).split()))
+            except OSError as error:
+                raise BadRaw(f"{name} cannot be read ({error}); it comes with every ScanNet++ download") from error
+            for scene in scenes:
                 yield from self._scene_frames(scene)
 
-    def _scenes(self, name: str) -> list[str]:
-        try:
-            scenes = sorted(set(self.read_text("splits", name).split()))
-        except OSError as error:
-            raise BadRaw(f"splits/{name} cannot be read ({error}); it comes with every ScanNet++ download") from error
-        for scene in scenes:
-            if not re.fullmatch(r"[0-9a-f]{10}", scene):
-                raise BadRaw(f"splits/{name} holds {scene!r}, which is not a scene id; download it again")
-        return scenes
-
     def _scene_frames(self, scene: str) -> Iterator[Frame]:
-        """Every 60th image of a scene. A frame whose data is a text cannot be used, for that reason."""
+        """Every 60th image of a scene."""
         folder = f"data/{scene}/iphone"
         try:
             numbers = [int(match[1]) for name in self.listdir(folder, "rgb") if (match := RGB_NAME.fullmatch(name))]
-            why = f"{folder}/rgb holds no frame_NNNNNN.jpg with a multiple of {FRAME_STEP}"
+            problem = f"{folder}/rgb holds no frame_NNNNNN.jpg with a multiple of {FRAME_STEP}"
         except (OSError, BadFrame) as error:
-            numbers, why = [], f"{folder}/rgb cannot be listed ({error})"
+            numbers, problem = [], f"{folder}/rgb cannot be listed ({error})"
         numbers = [number for number in numbers if number % FRAME_STEP == 0]
         if not numbers:
-            yield Frame(scene, scene, data=f"{why}; extract the video's frames with the official toolkit")
+            yield Frame(scene, scene, problem=f"{problem}; extract the video's frames with the official toolkit")
             return
-        problem = ""
+        cameras, problem = {}, ""
         try:
             cameras = json.loads(self.read_text(folder, "pose_intrinsic_imu.json"))
-            if not isinstance(cameras, dict):
-                problem = f"{folder}/pose_intrinsic_imu.json is not an object of frames"
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             problem = f"{folder}/pose_intrinsic_imu.json cannot be read ({error})"
         for number in numbers:
             key = f"frame_{number:06d}"
-            entry = None if problem else cameras.get(key)  # by name, so that a missing entry moves no other
-            matrix = entry.get("intrinsic") if isinstance(entry, dict) else None
-            yield Frame(f"{scene}/{key}", scene, data=problem or (number, matrix))
+            matrix = cameras.get(key, {}).get("intrinsic")  # by name, so that a missing entry moves no other
+            yield Frame(f"{scene}/{key}", scene, data=(number, matrix), problem=problem)
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         number, matrix = frame.data
         folder, key = f"data/{frame.scene}/iphone", f"frame_{number:06d}"
-        intrinsics = pinhole(matrix, f"{folder}/pose_intrinsic_imu.json, {key}")
-        image, size = self.read_image(folder, "rgb", f"{key}.jpg")
-        if size != IMAGE_SIZE:
-            why = "but its intrinsics are of 1920x1440; extract it again at that size"
-            raise BadFrame(f"{folder}/rgb/{key}.jpg is {size[0]}x{size[1]}, {why}")
+        intrinsics = pinhole(matrix, f"{folder}/pose_intrinsic_imu.json: 'intrinsic' of {key}")
+        image, _ = self.read_image(folder, "rgb", f"{key}.jpg", size=IMAGE_SIZE)
         png, binary = self.path(folder, "depth", f"{key}.png"), self.path(folder, "depth.bin")
         if binary.is_file() and not png.is_file():
             if self._depth_bin is None or self._depth_bin[0] != frame.scene:
                 self._depth_bin = frame.scene, DepthBin(binary)
             return Sample(image, self._depth_bin[1].read(number), intrinsics)
-        words = self.read_depth16(folder, "depth", f"{key}.png")
-        return Sample(image, words / np.float32(self.depth_scale), intrinsics)
-
-
-def pinhole(matrix, where: str) -> tuple[float, float, float, float]:
-    """fx, fy, cx, cy of the 3x3 rows of a JSON file. Raises BadFrame."""
-    try:
-        (fx, _, cx), (_, fy, cy), _ = matrix
-        intrinsics = float(fx), float(fy), float(cx), float(cy)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadFrame(f"{where}: there is no 3x3 'intrinsic' for this frame ({error})") from error
-    if not (all(map(math.isfinite, intrinsics)) and min(intrinsics[:2]) > 0):
-        raise BadFrame(f"{where}: intrinsics {intrinsics} must be finite with focal lengths above 0")
-    return intrinsics
+        stored = self.read_depth16(folder, "depth", f"{key}.png")
+        return Sample(image, stored / np.float32(self.depth_scale), intrinsics)
 
 
 class DepthBin:
     """The frames of a depth.bin, in either of its encodings:
 
-    (a) one raw-deflate stream of float32 metres, all frames on end: reading forwards is cheap, going back starts anew;
+    (a) one raw-deflate stream of float32 metres, frame after frame: reading forwards is cheap, going back starts anew;
     (b) a block per frame, [uint32 little-endian size][data], data as `unpack` takes it.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.blocks = find_blocks(path)  # none: encoding (a)
-        self.stream: Iterator[bytes] = iter(())
-        self.next = MAX_FRAMES  # number of the frame that `stream` gives next; past all: not begun
+        self.stream: Iterator[bytes] | None = None
+        self.next = 0  # number of the frame that `stream` gives next
 
     def __reduce__(self):  # an open stream cannot be pickled, and another process begins its own
         return DepthBin, (self.path,)
@@ -149,7 +122,7 @@ class DepthBin:
             return unpack(file.read(size), f"{self.path}, frame {number}")
 
     def _from_stream(self, number: int) -> bytes:
-        if number < self.next:
+        if self.stream is None or number < self.next:
             self.stream, self.next = read_stream(self.path), 0
         try:
             for data in self.stream:
@@ -170,7 +143,7 @@ def find_blocks(path: Path) -> list[tuple[int, int]]:
             file.seek(offset)
             size = int.from_bytes(file.read(4), "little")
             # a block that cannot be compressed is hardly larger than its frame
-            if size > 2 * METRES_BYTES or offset + 4 + size > end or len(blocks) == MAX_FRAMES:
+            if size > 2 * METRES_BYTES or offset + 4 + size > end:
                 return []
             blocks.append((offset + 4, size))
             offset += 4 + size
@@ -197,7 +170,7 @@ def read_stream(path: Path) -> Iterator[bytes]:
 def unpack(block: bytes, where: str) -> np.ndarray:
     """A block of encoding (b): raw-deflate of float32 metres or LZ4 (no frame header) of uint16 millimetres -> metres.
 
-    Raises BadFrame, or ImportError where lz4 is needed and missing (that is of the machine, not of the frame).
+    Raises BadFrame, or ImportError where lz4 is needed and missing.
     """
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
@@ -206,17 +179,12 @@ def unpack(block: bytes, where: str) -> np.ndarray:
             return metres(data)
     except zlib.error:
         pass  # then it is LZ4
+    lz4_block = import_package("lz4.block", "lz4")
     try:
-        import lz4.block
-    except ImportError as error:
-        raise ImportError(f"{where} is an LZ4 block; to read it: pip install lz4") from error
-    try:
-        data = lz4.block.decompress(block, uncompressed_size=MILLIMETRES_BYTES)
-    except lz4.block.LZ4BlockError as error:
+        data = lz4_block.decompress(block, uncompressed_size=MILLIMETRES_BYTES)
+        return np.frombuffer(data, "<u2").reshape(BIN_SHAPE) / np.float32(1000)
+    except (lz4_block.LZ4BlockError, ValueError) as error:
         raise BadFrame(f"{where} is neither raw-deflate nor LZ4 of a 256x192 frame ({error})") from error
-    if len(data) != MILLIMETRES_BYTES:
-        raise BadFrame(f"{where} unpacks to {len(data)} bytes, not the {MILLIMETRES_BYTES} of a 256x192 frame")
-    return np.frombuffer(data, "<u2").reshape(BIN_SHAPE) / np.float32(1000)
 
 
 def metres(data: bytes) -> np.ndarray:

@@ -1,6 +1,6 @@
 """SUN RGB-D: single RGB-D images of four sensors; test split without the NYUv2 part. Evaluation only.
 
-Depth words are millimetres rotated left by 3 bits (`bench.sun`). A folder that the split lists is never looked for
+Depth is stored as millimetres rotated left by 3 bits (see `_sun.py`). A folder that the split lists is never looked for
 under another name: if it is missing, its frame is reported.
 """
 
@@ -30,11 +30,11 @@ class SunRgbd(Source):
     )
     splits = {"test": ("alltest",)}
     depth_range = (0.005, 8.0)
-    depth_scale = 1000.0  # the set's own step, 1 mm
+    depth_scale = 1000.0  # the set's step, 1 mm
 
     def frames(self, split: str) -> Iterator[Frame]:
         """Every image is a scene of its own, so none is named: sampling then balances over the sources of images."""
-        self.own_splits(split)
+        self.official_splits(split)
         for folder in alltest_folders(self):
             sensor, source, _ = folder.split("/", 2)
             if (sensor, source) != ("kv1", "NYUdata"):

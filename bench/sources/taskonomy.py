@@ -1,6 +1,5 @@
 """Taskonomy, as in Omnidata's starter set: 512x512 renders of building scans. Train only, buildings of `fullplus`."""
 
-from ._base import BadRaw
 from ._omnidata import Omnidata
 
 SPLIT_FILE = "train_val_test_fullplus.csv"
@@ -27,13 +26,10 @@ class Taskonomy(Omnidata):
     )
     depth_range = (0.005, 15.0)
     part = "taskonomy"
+    split_file = SPLIT_FILE
 
-    def scenes(self, own_split: str) -> list[str]:
-        rows = self.table(SPLIT_FILE, "id", own_split)
-        for building, member in rows:
-            if member not in ("0", "1"):
-                raise BadRaw(f"{SPLIT_FILE}: {own_split} of {building} is {member!r}, not 0 or 1; download it again")
-        return [building for building, member in rows if member == "1"]
+    def scene_of(self, row: dict[str, str], official_split: str) -> str | None:
+        return row["id"] if row[official_split] == "1" else None
 
 
 SOURCE = Taskonomy

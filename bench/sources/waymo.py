@@ -4,40 +4,38 @@ Depth comes from the TOP lidar's first return, as in the paper. Only the TOP ran
 pixel, which takes a point to the world as the lidar turned; the four short-range lidars have none and are not read.
 
 - Pixel: the set's own projection of the point (`lidar_camera_projection`), which knows the rolling shutter. It is a
-  whole number that names a pixel, the leftmost being 0. The set keeps two cameras a point: a third one gets nothing.
+  whole number that names a pixel, the leftmost being 0. The set keeps two cameras per point: a third one gets nothing.
 - Depth: z along the optical axis at the image's own pose (`camera_image.pose`), not the distance to the camera.
 - Distortion: the stored images are distorted, and the schema has a pinhole camera. So the image is undistorted onto the
   *same* focal lengths and principal point (bilinear), and written as JPEG again (quality 95, no chroma subsampling).
-  Each lidar point moves to its own undistorted place before points are rounded to pixels: no point is lost or doubled
+  Each lidar point moves to its undistorted place before points are rounded to pixels: no point is lost or doubled
   by resampling a sparse map. Pixels from outside the stored image are black and have no depth.
 
 Sources: waymo_open_dataset's dataset.proto, the v2 component definitions and its range image functions (formulas).
+The lens (Brown's model with five coefficients) is OpenCV's.
 """
 
 import io
 import re
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ..geometry import apply, invert_rigid
+from ..geometry import apply
 from . import _tfrecord as tfrecord
-from ._base import BadFrame, BadRaw, Frame, Sample, open_image
+from ._base import AbsentSplit, BadFrame, BadRaw, Frame, Sample, import_package, open_image, pixels_of
 from ._lidar import LidarSource, splat
 from ._tfrecord import fields, fixed, last
 
 CAMERAS = {1: "front", 2: "front_left", 3: "front_right", 4: "side_left", 5: "side_right"}
 TOP = 1  # laser name
-
-# Limits on what files declare; a TOP range image is 64 x 2650, a segment has some 200 timestamps.
-MAX_ROWS = 100_000
-MAX_CELLS = 1 << 18
-MAX_MATRIX_BYTES = 64 * MAX_CELLS  # six int32 values a cell, each ten bytes at most
 
 # Waymo's camera axes are x forward, y left, z up: (z, -x, -y) of OpenCV's.
 WAYMO_FROM_OPENCV = np.array([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
@@ -58,7 +56,7 @@ class Camera:
 # Geometry
 
 
-def beam_inclinations(values, low: float, high: float, height: int) -> np.ndarray:
+def beam_inclinations(values: Sequence[float] | None, low: float, high: float, height: int) -> np.ndarray:
     """Inclination in radians of each row of a range image (height,), row 0 (the highest beam) first.
 
     `values` is stored lowest first; where it is None or empty the beams are uniform, at half steps from low to high.
@@ -92,73 +90,52 @@ def points_in_vehicle(ranges: np.ndarray, inclinations: np.ndarray, vehicle_from
 
 def points_in_world(points: np.ndarray, poses: np.ndarray) -> np.ndarray:
     """Vehicle points (N, 3), each with its own pose (N, 6) roll, pitch, yaw, x, y, z (vehicle -> world), to world."""
-    x, y, z = np.asarray(points, dtype=np.float64).T
-    roll, pitch, yaw, *origin = np.asarray(poses, dtype=np.float64).T
+    # SciPy's Rotation.from_euler takes seven times as long for the 160 000 poses of a sweep.
+    x, y, z = points.T
+    roll, pitch, yaw, *origin = poses.T
     y, z = y * np.cos(roll) - z * np.sin(roll), y * np.sin(roll) + z * np.cos(roll)
     x, z = x * np.cos(pitch) + z * np.sin(pitch), z * np.cos(pitch) - x * np.sin(pitch)
     x, y = x * np.cos(yaw) - y * np.sin(yaw), x * np.sin(yaw) + y * np.cos(yaw)
     return np.stack([x + origin[0], y + origin[1], z + origin[2]], axis=-1)
 
 
-def distort(x, y, intrinsic):
-    """Normalised pinhole coordinates -> where the lens puts them (Brown's model, five coefficients as in OpenCV)."""
-    k1, k2, p1, p2, k3 = intrinsic[4:]
-    square = x * x + y * y
-    radial = 1 + square * (k1 + square * (k2 + square * k3))
-    return (
-        x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
-        y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y,
-    )
+def opencv_camera(intrinsic: np.ndarray) -> tuple[ModuleType, np.ndarray, np.ndarray]:
+    """OpenCV, its camera matrix, which counts from the centre of the first pixel, and its distortion coefficients."""
+    f_u, f_v, c_u, c_v, *distortion = intrinsic
+    matrix = np.array([[f_u, 0, c_u - 0.5], [0, f_v, c_v - 0.5], [0, 0, 1]])
+    return import_package("cv2", "opencv-python-headless"), matrix, np.array(distortion)
 
 
-def undistort(u, v, intrinsic):
-    """Pixels of the stored image, counted from its *edge*, -> normalised pinhole coordinates (x right, y down).
+def undistort(pixels: np.ndarray, intrinsic: np.ndarray) -> np.ndarray:
+    """Pixels (N, 2) of the stored image -> where a pinhole camera of the same f_u, f_v, c_u, c_v sees them (N, 2).
 
-    Raises ValueError where the lens model cannot be inverted to 0.01 px.
+    Both count from the centre of the first pixel. Raises ValueError where the lens cannot be inverted to 0.01 px.
     """
-    f_u, f_v, c_u, c_v = intrinsic[:4]
-    goal_x, goal_y = (np.asarray(u, np.float64) - c_u) / f_u, (np.asarray(v, np.float64) - c_v) / f_v
-    x, y = goal_x, goal_y
-    with np.errstate(over="ignore", invalid="ignore"):  # a diverging iteration ends in the error below
-        for _ in range(20):  # the error shrinks about sevenfold a step at the corner of a front image
-            distorted_x, distorted_y = distort(x, y, intrinsic)
-            x, y = x + goal_x - distorted_x, y + goal_y - distorted_y
-        distorted_x, distorted_y = distort(x, y, intrinsic)
-        error = np.maximum(np.abs(goal_x - distorted_x) * f_u, np.abs(goal_y - distorted_y) * f_v)
-    if not (error < 0.01).all():
-        raise ValueError(f"the lens distortion {tuple(intrinsic[4:])} cannot be inverted over this image")
-    return x, y
+    if not len(pixels):
+        return pixels  # OpenCV takes no empty list
+    cv2, matrix, distortion = opencv_camera(intrinsic)
+    stop = cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_MAX_ITER, 50, 1e-9
+    pinhole = cv2.undistortImagePoints(pixels, matrix, distortion, None, stop)[:, 0]
+    rays = cv2.convertPointsToHomogeneous((pinhole - matrix[:2, 2]) / np.diag(matrix)[:2])
+    distorted, _ = cv2.projectPoints(rays, np.zeros(3), np.zeros(3), matrix, distortion)
+    if not (np.abs(distorted[:, 0] - pixels) < 0.01).all():
+        raise ValueError(f"the lens distortion {distortion.tolist()} cannot be inverted over this image")
+    return pinhole
 
 
-def undistort_image(image: Image.Image, intrinsic) -> Image.Image:
-    """The image that a pinhole camera with the same f_u, f_v, c_u, c_v would see; outside the stored image black.
-
-    The lens is followed exactly at the corners of cells of about a degree and bilinearly inside: within 0.1 px at a
-    focal length of 2000 px.
-    """
-    f_u, f_v, c_u, c_v = intrinsic[:4]
-    cell = max(1, int(f_u / 64))
-    us, vs = ([*range(0, length, cell), length] for length in image.size)
-    x, y = distort(*np.meshgrid((np.array(us) - c_u) / f_u, (np.array(vs) - c_v) / f_v), intrinsic)
-    corners = np.stack([x * f_u + c_u, y * f_v + c_v], axis=-1).tolist()
-    mesh = [
-        (
-            (us[j], vs[i], us[j + 1], vs[i + 1]),
-            (*corners[i][j], *corners[i + 1][j], *corners[i + 1][j + 1], *corners[i][j + 1]),
-        )
-        for i in range(len(vs) - 1)
-        for j in range(len(us) - 1)
-    ]
-    return image.transform(image.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+def undistort_image(image: np.ndarray, intrinsic: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) that a pinhole camera of the same f_u, f_v, c_u, c_v sees; outside the stored image black."""
+    cv2, matrix, distortion = opencv_camera(intrinsic)
+    return cv2.undistort(image, matrix, distortion)
 
 
-def sweep(ranges, projection, poses, inclination, vehicle_from_lidar):
+def sweep(
+    ranges: np.ndarray, projection: np.ndarray, poses: np.ndarray, inclination: tuple, vehicle_from_lidar: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """One TOP range image -> its points (N, 3) in the world and their projection (N, 6), empty cells (<= 0) left out.
 
     ranges (H, W, 4), projection (H, W, 6), poses (H, W, 6) as stored; inclination: (values or None, low, high).
     """
-    if not ranges.shape[:2] == projection.shape[:2] == poses.shape[:2]:
-        raise ValueError(f"range image {ranges.shape}, projection {projection.shape}, poses {poses.shape} do not match")
     ranges = ranges[..., 0].astype(np.float64)
     filled = ~(ranges <= 0)
     projection, poses = projection[filled].astype(np.float64), poses[filled].astype(np.float64)
@@ -168,18 +145,14 @@ def sweep(ranges, projection, poses, inclination, vehicle_from_lidar):
     return points_in_world(points[filled], poses), projection
 
 
-def pixels_of(camera: int, projection: np.ndarray):
-    """Which points a camera sees (N,) bool, and their whole-number pixels u, v in its stored image, each (n seen,)."""
+def projected_pixels(camera: int, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which points a camera sees (N,) bool, and their whole-number pixels u, v in its stored image (n seen, 2)."""
     first, second = projection[:, 0] == camera, projection[:, 3] == camera
     seen = first | second
-    u, v = np.where(first[:, None], projection[:, 1:3], projection[:, 4:6])[seen].T
-    return seen, u, v
+    return seen, np.where(first[:, None], projection[:, 1:3], projection[:, 4:6])[seen]
 
 
-# Checked values
-
-
-def matrix4(values, what: str) -> np.ndarray:
+def matrix4(values: Sequence[float] | None, what: str) -> np.ndarray:
     """16 numbers, row-major -> a checked rigid 4x4 transform."""
     values = np.asarray([] if values is None else values, dtype=np.float64)
     if values.shape == (16,) and np.isfinite(values).all():
@@ -190,44 +163,31 @@ def matrix4(values, what: str) -> np.ndarray:
     raise ValueError(f"{what} is not a 4x4 rotation and translation: {values.tolist()[:16]}")
 
 
-def make_camera(intrinsic, extrinsic, width, height) -> Camera:
-    intrinsic, size = np.array(intrinsic, dtype=np.float64), (int(width or 0), int(height or 0))
-    if intrinsic.shape != (9,) or not np.isfinite(intrinsic).all() or min(intrinsic[:2]) <= 0 or min(size) < 1:
-        raise ValueError(f"the camera calibration is no lens model and size: {intrinsic.tolist()}, {size}")
-    return Camera(intrinsic, matrix4(extrinsic, "the camera's extrinsic"), size)
+def make_camera(intrinsic: Sequence[float], extrinsic: Sequence[float], width: int, height: int) -> Camera:
+    return Camera(np.array(intrinsic, np.float64), matrix4(extrinsic, "the camera's extrinsic"), (width, height))
 
 
-def cells(values, shape, channels: int, what: str) -> np.ndarray:
-    """Flat values -> (H, W, channels); the declared shape is checked against the values before it is used."""
-    shape = tuple(int(n or 0) for n in shape)
-    if len(shape) != 3 or shape[2] != channels or min(shape) < 1 or shape[0] * shape[1] > MAX_CELLS:
-        raise ValueError(f"{what} has shape {shape}, not (H, W, {channels}) of at most {MAX_CELLS} cells")
-    if len(values) != shape[0] * shape[1] * channels:
-        raise ValueError(f"{what} has shape {shape} but {len(values)} values")
-    return np.reshape(values, shape)
-
-
-# v2: Parquet tables, one a component
+# v2: Parquet tables, one per component
 
 
 class Rows:
     """Rows of one Parquet table by their key, in bounded memory.
 
-    The files have few and large row groups, so a row is found by streaming: rows asked for in the file's order cost one
-    pass in all, any other row a new start at its row group.
+    The files have few and large row groups, so a row is reached by streaming: rows in the file's order cost one pass in
+    all, any other row a new start at its row group.
     """
 
     def __init__(self, path: Path, keys: tuple[str, ...], component: str, *columns: str):
         self.component = component
         self.columns = [f"[{component}Component].{name}" for name in columns]
-        self.file = open_parquet(path, (*keys, *self.columns))
+        self.file = open_parquet(path)
         groups = [self.file.metadata.row_group(i).num_rows for i in range(self.file.num_row_groups)]
         self.starts = np.cumsum([0, *groups])
         self.index = {key: row for row, key in enumerate(key_rows(self.file, keys))}
         self.stream, self.next, self.recent = None, 0, []
 
-    def get(self, *key) -> list:
-        """The row's columns as pyarrow scalars. Raises ValueError for a key that is not there."""
+    def get(self, *key: int) -> list[pa.Scalar]:
+        """The row's columns. Raises ValueError for a key that is not there."""
         if key not in self.index:
             raise ValueError(f"{self.component} has no row for {key}; the component's file is incomplete")
         row = self.index[key]
@@ -239,9 +199,7 @@ class Rows:
                 self.stream = self.file.iter_batches(5, groups, self.columns, use_threads=False)
                 self.next, self.recent = int(self.starts[group]), []
             stream, self.stream = self.stream, None  # dropped where reading fails
-            batch = next(stream, None)
-            if batch is None:
-                raise ValueError(f"{self.component} ends before row {row}; the file is damaged")
+            batch = next(stream)
             self.stream = stream
             self.recent = [*self.recent[-1:], (self.next, batch)]
             self.next += batch.num_rows
@@ -249,19 +207,12 @@ class Rows:
         return [batch.column(name)[row - start] for name in self.columns]
 
 
-def open_parquet(path: Path, columns) -> pq.ParquetFile:
-    """A Parquet file that has these columns; others, such as an index in front, may be there too."""
+def open_parquet(path: Path) -> pq.ParquetFile:
     # Pages as they come: by default a whole row group's column is read into memory at once.
-    file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-    missing = sorted(set(columns) - set(file.schema_arrow.names))
-    if missing:
-        raise ValueError(f"{path.parent.name} has no column {missing[0]!r}; it is not the component of v2")
-    if file.metadata.num_rows > MAX_ROWS:
-        raise ValueError(f"{path.parent.name} says {file.metadata.num_rows} rows; a segment has fewer than {MAX_ROWS}")
-    return file
+    return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
 
 
-def key_rows(file: pq.ParquetFile, keys) -> list[tuple]:
+def key_rows(file: pq.ParquetFile, keys: tuple[str, ...]) -> list[tuple]:
     table = file.read(columns=list(keys))
     return list(zip(*(table.column(key).to_pylist() for key in keys), strict=True))
 
@@ -270,8 +221,8 @@ class Segment:
     """A v2 segment; its frames' keys are their timestamps."""
 
     def __init__(self, source: LidarSource, folder: str, file: str):
-        def rows(component_folder, *keys_and_columns):
-            return Rows(source.path(folder, component_folder, file), *keys_and_columns)
+        def rows(component: str, *keys_and_columns) -> Rows:
+            return Rows(source.path(folder, component, file), *keys_and_columns)
 
         first_return = "range_image_return1.values", "range_image_return1.shape"
         by_laser = TIMESTAMP, LASER
@@ -279,7 +230,7 @@ class Segment:
         self.ranges = rows("lidar", by_laser, "LiDAR", *first_return)
         self.projections = rows("lidar_camera_projection", by_laser, "LiDARCameraProjection", *first_return)
         self.poses = rows("lidar_pose", by_laser, "LiDARPose", *first_return)
-        # The calibrations have no timestamp: one row a sensor.
+        # The calibrations have no timestamp: one row per sensor.
         camera = "extrinsic.transform", "width", "height", *(f"intrinsic.{name}" for name in INTRINSIC)
         self.cameras = rows("camera_calibration", (CAMERA,), "CameraCalibration", *camera)
         laser = "extrinsic.transform", "beam_inclination.values", "beam_inclination.min", "beam_inclination.max"
@@ -293,22 +244,21 @@ class Segment:
         extrinsic, width, height, *intrinsic = (value.as_py() for value in self.cameras.get(camera))
         return make_camera(intrinsic, extrinsic, width, height)
 
-    def sweep(self, timestamp: int):
+    def sweep(self, timestamp: int) -> tuple[np.ndarray, np.ndarray]:
         extrinsic, *inclination = (value.as_py() for value in self.lasers.get(TOP))
         images = []
-        for rows, channels in ((self.ranges, 4), (self.projections, 6), (self.poses, 6)):
+        for rows in (self.ranges, self.projections, self.poses):
             values, shape = rows.get(timestamp, TOP)
             if not values.is_valid or not shape.is_valid:
                 raise ValueError(f"{rows.component} has no first return of the TOP lidar")
-            values = values.values.to_numpy(zero_copy_only=False)
-            images.append(cells(values, shape.as_py(), channels, rows.component))
+            images.append(values.values.to_numpy(zero_copy_only=False).reshape(shape.as_py()))
         return sweep(*images, inclination, matrix4(extrinsic, "the TOP lidar's extrinsic"))
 
 
-def list_segment(path: Path):
+def list_segment(path: Path) -> tuple[list[tuple[int, int, int]], list]:
     """Images of a v2 segment as (timestamp, camera, key), from the key columns alone; no broken ones."""
-    keys = TIMESTAMP, CAMERA
-    return [(timestamp, camera, timestamp) for timestamp, camera in key_rows(open_parquet(path, keys), keys)], []
+    rows = key_rows(open_parquet(path), (TIMESTAMP, CAMERA))
+    return [(timestamp, camera, timestamp) for timestamp, camera in rows], []
 
 
 # v1: TFRecord files of Frame messages (field numbers: dataset.proto)
@@ -334,7 +284,7 @@ class Records:
         extrinsic = transform(calibration, 3, "the camera's extrinsic").ravel()
         return make_camera(fixed(calibration.get(2, []), "<f8"), extrinsic, width, height)
 
-    def sweep(self, offset: int):
+    def sweep(self, offset: int) -> tuple[np.ndarray, np.ndarray]:
         frame = self.frame(offset)
         context = fields(last(frame, 1, memoryview, "Frame.context"))
         calibration = named(context.get(3, []), TOP, "laser calibration")
@@ -344,14 +294,14 @@ class Records:
         laser = named(frame.get(5, []), TOP, "laser")
         first_return = fields(last(laser, 2, memoryview, "Laser.ri_return1"))
         images = [
-            matrix(first_return, 2, 4, "range_image_compressed"),
-            matrix(first_return, 3, 6, "camera_projection_compressed", whole=True),
-            matrix(first_return, 4, 6, "range_image_pose_compressed"),
+            matrix(first_return, 2, "range_image_compressed"),
+            matrix(first_return, 3, "camera_projection_compressed", whole=True),
+            matrix(first_return, 4, "range_image_pose_compressed"),
         ]
         return sweep(*images, (values, low, high), transform(calibration, 5, "the TOP lidar's extrinsic"))
 
 
-def list_records(path: Path):
+def list_records(path: Path) -> tuple[list[tuple[int, int, int]], list[tuple[str, str]]]:
     """Images of a v1 file as (timestamp, camera, key), and its broken records as (place, reason).
 
     Walks over the lengths in the file and reads little else.
@@ -387,12 +337,12 @@ def transform(message: dict[int, list], number: int, what: str) -> np.ndarray:
     return matrix4(fixed(fields(last(message, number, memoryview, what)).get(1, []), "<f8"), what)
 
 
-def matrix(message: dict[int, list], number: int, channels: int, what: str, whole: bool = False) -> np.ndarray:
+def matrix(message: dict[int, list], number: int, what: str, whole: bool = False) -> np.ndarray:
     """A zlib stream of a MatrixFloat, or where `whole` of a MatrixInt32 -> (H, W, channels)."""
-    content = fields(tfrecord.inflate(last(message, number, memoryview, what), MAX_MATRIX_BYTES))
+    content = fields(zlib.decompress(last(message, number, memoryview, what)))
     data = content.get(1, [])
     shape = tfrecord.varints(fields(last(content, 2, memoryview, f"{what}'s shape")).get(1, []))
-    return cells(tfrecord.varints(data) if whole else fixed(data, "<f4"), shape, channels, what)
+    return (tfrecord.varints(data) if whole else fixed(data, "<f4")).reshape(shape)
 
 
 def is_v2(file: str) -> bool:
@@ -413,7 +363,7 @@ or v1: {training,testing}/*.tfrecord"""
     splits = {"train": ("training",), "test": ("testing",)}
     depth_range = (0.05, 70.0)
 
-    def __init__(self, raw, remove_hidden: bool = True):
+    def __init__(self, raw: str | Path, remove_hidden: bool = True):
         super().__init__(raw, remove_hidden)
         # The last segment and the last sweep used, each with what it belongs to: five cameras share a sweep.
         self.segment = self.points = (None, None)
@@ -422,28 +372,26 @@ or v1: {training,testing}/*.tfrecord"""
         return type(self), (self.raw, self.remove_hidden)  # open files stay behind
 
     def frames(self, split: str) -> Iterator[Frame]:
-        for folder in self.own_splits(split):
+        for folder in self.official_splits(split):
             for file in self.segment_files(folder):
                 scene = re.sub(r"^segment-|(_with_camera_labels)?\.\w+$", "", file)
-                if not re.fullmatch(r"[\w.-]+", scene, re.ASCII):
-                    raise BadRaw(f"{folder} holds a segment {file!r}; keep the name that Waymo gave it")
                 try:
                     path = self.path(folder, "camera_image", file) if is_v2(file) else self.path(folder, file)
                     images, broken = list_segment(path) if is_v2(file) else list_records(path)
                     images.sort()
-                except (ValueError, TypeError, OSError, pa.ArrowException) as error:
-                    images, broken = [], [("unreadable", f"{error}")]
+                except (ValueError, OSError, pa.ArrowException) as error:
+                    images, broken = [], [("unreadable", str(error))]
                 for timestamp, camera, key in images:
                     name = CAMERAS.get(camera, f"camera{camera}")
                     yield Frame(f"{scene}/{timestamp}_{name}", scene, name, (folder, file, key, camera))
                 for place, reason in broken:
-                    yield Frame(f"{scene}/{place}", scene, data=f"{folder}/{file}: {reason}")
+                    yield Frame(f"{scene}/{place}", scene, problem=f"{folder}/{file}: {reason}")
 
     def segment_files(self, folder: str) -> list[str]:
         """Sorted segment files of v2 (.parquet, in every component folder under the same name) or v1 (.tfrecord)."""
         expected = f"{folder}/camera_image/*.parquet and the other v2 components, or {folder}/*.tfrecord"
         if not self.path(folder).is_dir():
-            raise BadRaw(f"{self.raw} has no folder {folder}; expected {expected} (validation is not used)")
+            raise AbsentSplit(f"{self.raw} has no folder {folder}; expected {expected} (validation is not used)")
         v1 = [name for name in self.listdir(folder) if name.endswith(".tfrecord")]
         v2 = self.listdir(folder, "camera_image") if self.path(folder, "camera_image").is_dir() else []
         v2 = [name for name in v2 if is_v2(name)]
@@ -452,12 +400,10 @@ or v1: {training,testing}/*.tfrecord"""
         return v1 or v2
 
     def load(self, frame: Frame) -> Sample:
-        if isinstance(frame.data, str):
-            raise BadFrame(frame.data)
         folder, file, key, camera = frame.data
         try:
             return self.sample(folder, file, key, camera)
-        except (ValueError, pa.ArrowException) as error:
+        except (ValueError, zlib.error, pa.ArrowException) as error:
             raise BadFrame(f"{folder}/{file}, frame {frame.id}: {error}") from error
 
     def sample(self, folder: str, file: str, key: int, camera_name: int) -> Sample:
@@ -474,22 +420,17 @@ or v1: {training,testing}/*.tfrecord"""
         image = open_image(data, "its image")
         if image.size != camera.size:
             raise ValueError(f"its image is {image.size} and its calibration is for {camera.size}")
-        try:
-            image = image.convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"its image is truncated or broken ({error})") from error
-
         jpeg = io.BytesIO()
-        undistort_image(image, camera.intrinsic).save(jpeg, "JPEG", quality=95, subsampling=0)
-        f_u, f_v, c_u, c_v = (float(number) for number in camera.intrinsic[:4])
-        fx, fy, cx, cy = intrinsics = f_u, f_v, c_u - 0.5, c_v - 0.5
+        pinhole_image = undistort_image(pixels_of(image, "its image"), camera.intrinsic)
+        Image.fromarray(pinhole_image).save(jpeg, "JPEG", quality=95, subsampling=0)
 
-        seen, u, v = pixels_of(camera_name, projection)
-        camera_from_world = invert_rigid(world_from_vehicle @ camera.vehicle_from_camera @ WAYMO_FROM_OPENCV)
+        f_u, f_v, c_u, c_v = (float(number) for number in camera.intrinsic[:4])
+        seen, pixels = projected_pixels(camera_name, projection)
+        camera_from_world = np.linalg.inv(world_from_vehicle @ camera.vehicle_from_camera @ WAYMO_FROM_OPENCV)
         z = apply(camera_from_world, points[seen])[:, 2]
-        x, y = undistort(u + 0.5, v + 0.5, camera.intrinsic)  # the centre of pixel 0 is half a pixel from its edge
-        depth = splat(fx * x + cx, fy * y + cy, z, camera.size, fx, self.remove_hidden, self.window)
-        return Sample(jpeg.getvalue(), depth, intrinsics)
+        u, v = undistort(pixels, camera.intrinsic).T
+        depth = splat(u, v, z, camera.size, f_u, self.remove_hidden, self.window)
+        return Sample(jpeg.getvalue(), depth, (f_u, f_v, c_u - 0.5, c_v - 0.5))
 
 
 SOURCE = Waymo

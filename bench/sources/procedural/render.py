@@ -9,13 +9,16 @@ Not used: BLAS, sums over arrays (their order differs), sin, cos, exp, pow (thei
 distributions (their streams may change). An angle is its cosine and sine, drawn as (1 - t^2, 2 t) / (1 + t^2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+Array = np.ndarray
+Number = float | Array
 Vector = tuple[float, float, float]
+Angle = tuple[float, float]  # its cosine and sine
 INF = float("inf")
 NEAR = 0.05  # metres of z; corners nearer are clipped before projection
 SHADOWS = 45.0  # metres; what stands further casts none
@@ -51,13 +54,15 @@ class Camera:
         y = ((np.arange(self.height) - self.cy) / self.focal)[:, None]
         return [r * x + (d * y + f) for r, d, f in zip(self.right, self.down, self.forward, strict=True)]
 
-    def to_camera(self, x, y, z):
+    def to_camera(self, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> list[np.ndarray]:
         """World points as camera x, y, z."""
         x, y, z = (p - o for p, o in zip((x, y, z), self.position, strict=True))
         return [x * a[0] + y * a[1] + z * a[2] for a in (self.right, self.down, self.forward)]
 
 
-def look(position: Vector, yaw, pitch, roll, size: tuple[int, int], focal: float, cx: float, cy: float) -> Camera:
+def look(
+    position: Vector, yaw: Angle, pitch: Angle, roll: Angle, size: tuple[int, int], focal: float, cx: float, cy: float
+) -> Camera:
     """A camera at `position`; each angle is (cosine, sine): yaw turns right from +y, pitch up, roll clockwise."""
     (cp, sp), (ct, st), (cr, sr) = yaw, pitch, roll
     right, forward, down = (cp, -sp, 0.0), (sp * ct, cp * ct, st), (sp * st, cp * st, -ct)
@@ -70,11 +75,11 @@ def look(position: Vector, yaw, pitch, roll, size: tuple[int, int], focal: float
 
 @dataclass(slots=True)
 class Part:
-    """A solid. half: half sizes along its own x, y, z; turn: (cosine, sine) of its yaw, own x to world x.
+    """A solid. half: half sizes along its local x, y, z; turn: (cosine, sine) of its yaw, local x to world x.
 
     shape: "box", whose x and y half sizes may shrink by `taper` per metre of height; "ellipsoid"; "cylinder" along its
-    own axis `axis`, the other two half sizes being its radii; "room", a box seen from inside; "ground", the top of one
-    that has no end.
+    local axis `axis`, the other two half sizes being its radii; "room", a box seen from inside; "ground", the top of a
+    box that has no end.
     paint: a linear RGB colour, or a function of a `Face`. thing: what it belongs to, for the question-answer pairs.
     """
 
@@ -88,8 +93,8 @@ class Part:
     thing: int = 0
     shadow: bool = True
 
-    def to_own(self, x, y, z):
-        """World direction in the part's own frame."""
+    def to_local(self, x: Number, y: Number, z: Number) -> tuple[Number, Number, Number]:
+        """World direction in the part's frame."""
         c, s = self.turn
         if c == 0.0:
             return s * y, -s * x, z
@@ -98,10 +103,10 @@ class Part:
         return (x, y, z) if s or c == 1.0 else (-x, -y, z)
 
 
-def intersect(part: Part, origin, direction) -> np.ndarray:
+def intersect(part: Part, origin: Sequence[Number], direction: Sequence[Number]) -> np.ndarray:
     """t where rays origin + t direction (arrays or numbers, broadcast) enter the part; inf where they miss it."""
-    o = part.to_own(*(p - c for p, c in zip(origin, part.center, strict=True)))
-    d = part.to_own(*direction)
+    o = part.to_local(*(p - c for p, c in zip(origin, part.center, strict=True)))
+    d = part.to_local(*direction)
     h = part.half
     if part.shape == "room":
         x, y, z = ((np.copysign(h[j], d[j]) - o[j]) / d[j] for j in range(3))
@@ -135,7 +140,7 @@ def intersect(part: Part, origin, direction) -> np.ndarray:
     return np.where((near < far) & (near > 0), near, INF)
 
 
-def slab(o, d, h):
+def slab(o: Number, d: Number, h: Number) -> tuple[Number, Number]:
     """t where a ray enters and leaves -h <= x <= h."""
     inverse = 1.0 / d
     a, b = (-h - o) * inverse, (h - o) * inverse
@@ -161,14 +166,14 @@ def screen_boxes(camera: Camera, points: list[np.ndarray]) -> list[tuple[slice, 
     x, y, z = camera.to_camera(*points)
     front = z > NEAR
     bounds = []  # first column, column past the last, first row, row past the last
-    for own, center, size in ((x, camera.cx, camera.width), (y, camera.cy, camera.height)):
-        q = own / np.where(front, z, 1.0)
+    for coordinate, center, size in ((x, camera.cx, camera.width), (y, camera.cy, camera.height)):
+        q = coordinate / np.where(front, z, 1.0)
         least, most = np.where(front, q, INF).min(1), np.where(front, q, -INF).max(1)
         for i in np.flatnonzero(front.any(1) & ~front.all(1)):  # where its edges cross z = NEAR
             for a, b in EDGES:
                 if front[i, a] != front[i, b]:
                     w = (NEAR - z[i, a]) / (z[i, b] - z[i, a])
-                    p = (own[i, a] + (own[i, b] - own[i, a]) * w) / NEAR
+                    p = (coordinate[i, a] + (coordinate[i, b] - coordinate[i, a]) * w) / NEAR
                     least[i], most[i] = min(least[i], p), max(most[i], p)
         bounds += [
             np.clip(least * camera.focal + center - 1, 0, size),
@@ -180,7 +185,7 @@ def screen_boxes(camera: Camera, points: list[np.ndarray]) -> list[tuple[slice, 
     ]
 
 
-def pieces(box: tuple[slice, slice] | None):
+def pieces(box: tuple[slice, slice] | None) -> Iterator[tuple[slice, slice]]:
     """The box in strips of rows of about PIECE pixels."""
     if box is not None:
         rows, columns = box
@@ -212,9 +217,9 @@ def trace(camera: Camera, parts: list[Part]) -> tuple[np.ndarray, np.ndarray, np
 
 @dataclass(slots=True)
 class Face:
-    """Points of a part that look one way, float32 (N,) each, in the part's own frame and metres.
+    """Points of a part that look one way, float32 (N,) each, in the part's frame and metres.
 
-    axis, positive: the own axis that is its normal, and whether it looks along it; axis -1 on a curved side.
+    axis, positive: the local axis that is its normal, and whether it looks along it; axis -1 on a curved side.
     a, b: the two coordinates in the face, the second one upright on a wall; wa, wb: a pixel's extent along them.
     """
 
@@ -229,7 +234,7 @@ class Face:
     wb: np.ndarray
 
 
-def surfaces(camera: Camera, parts: list[Part], depth: np.ndarray, index: np.ndarray):
+def surfaces(camera: Camera, parts: list[Part], depth: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Albedo and world normal of each pixel, each float32 (3, H * W), 0 in the sky."""
     albedo, normal = (np.zeros((3, index.size), np.float32) for _ in range(2))
     order = np.argsort(index.ravel(), kind="stable")
@@ -243,13 +248,15 @@ def surfaces(camera: Camera, parts: list[Part], depth: np.ndarray, index: np.nda
     return albedo, normal
 
 
-def shade(camera: Camera, part: Part, pixels, t, d, albedo, normal) -> None:
+def shade(
+    camera: Camera, part: Part, pixels: Array, t: Array, d: Sequence[Array], albedo: Array, normal: Array
+) -> None:
     """Write albedo and normal of the pixels that show `part`, at z-depth t along rays d."""
-    o = part.to_own(*(p - c for p, c in zip(camera.position, part.center, strict=True)))
-    d = part.to_own(*d)
+    o = part.to_local(*(p - c for p, c in zip(camera.position, part.center, strict=True)))
+    d = part.to_local(*d)
     p = [o[j] + t * d[j] for j in range(3)]
     code = face_codes(part, p)
-    right, down = part.to_own(*camera.right), part.to_own(*camera.down)
+    right, down = part.to_local(*camera.right), part.to_local(*camera.down)
     counts = np.bincount(code + 1, minlength=1)
     for present in np.flatnonzero(counts) - 1:
         k, positive = (int(present) // 2, bool(present & 1)) if present >= 0 else (-1, False)
@@ -275,7 +282,7 @@ def shade(camera: Camera, part: Part, pixels, t, d, albedo, normal) -> None:
 
 
 def face_codes(part: Part, p: list[np.ndarray]) -> np.ndarray:
-    """The face that points p (own x, y, z) are on: 2 axis + (coordinate > 0), or -1 for a curved one."""
+    """The face that points p (local x, y, z) are on: 2 axis + (coordinate > 0), or -1 for a curved one."""
     if part.shape == "ellipsoid":
         return np.full(len(p[0]), -1)
     if part.shape == "cylinder":
@@ -291,8 +298,8 @@ def face_codes(part: Part, p: list[np.ndarray]) -> np.ndarray:
     return 2 * axis + (np.choose(axis, p) > 0)
 
 
-def normal_of(part: Part, axis: int, positive: bool, p: list[np.ndarray]):
-    """World normal x, y, z at points p (own) of one face: numbers on a flat face, arrays on a curved one."""
+def normal_of(part: Part, axis: int, positive: bool, p: list[np.ndarray]) -> list[Number]:
+    """World normal x, y, z at points p (local) of one face: numbers on a flat face, arrays on a curved one."""
     if axis >= 0:
         n = [0.0, 0.0, 0.0]
         n[axis] = 1.0 if positive != (part.shape == "room") else -1.0
@@ -314,17 +321,17 @@ def srgb(code: str) -> Vector:
     return r * r, g * g, b * b
 
 
-def column(color) -> np.ndarray:
+def column(color: Vector) -> np.ndarray:
     return np.array(color, np.float32).reshape(3, -1)
 
 
-def mix(a, b, share) -> np.ndarray:
+def mix(a: Vector | np.ndarray, b: Vector | np.ndarray, share: Number) -> np.ndarray:
     """(3, N) colours from a to b."""
     a, b = column(a), column(b)
     return a + (b - a) * share
 
 
-def pulse(x, width, duty: float):
+def pulse(x: np.ndarray, width: np.ndarray, duty: float) -> np.ndarray:
     """Share of [x - width/2, x + width/2] that lies in [n, n + duty) for whole n."""
     width = np.maximum(width, np.float32(GRAIN))
     half = width * np.float32(0.5)
@@ -336,7 +343,7 @@ def pulse(x, width, duty: float):
     return (area(x + half) - area(x - half)) / width
 
 
-def band(x, width, lo: float, hi: float):
+def band(x: np.ndarray, width: np.ndarray, lo: float, hi: float) -> np.ndarray:
     """Share of [x - width/2, x + width/2] that lies in [lo, hi]."""
     width = np.maximum(width, np.float32(1e-4))
     half = width * np.float32(0.5)
@@ -344,7 +351,7 @@ def band(x, width, lo: float, hi: float):
     return np.maximum(share, np.float32(0))
 
 
-def scramble(i, j, seed: int) -> np.ndarray:
+def scramble(i: np.ndarray, j: np.ndarray, seed: int) -> np.ndarray:
     """A number in [0, 1) for each cell (i, j), floats that hold whole numbers, by an integer hash.
 
     Past 2**31 the cell, so the number, depends on the machine; patterns have faded out long before that.
@@ -358,7 +365,7 @@ def scramble(i, j, seed: int) -> np.ndarray:
     return (h >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def noise(x, y, seed: int) -> np.ndarray:
+def noise(x: np.ndarray, y: np.ndarray, seed: int) -> np.ndarray:
     """Smooth noise in [0, 1) of period about 2."""
     i, j = np.floor(x), np.floor(y)
     u, v = x - i, y - j
@@ -368,7 +375,7 @@ def noise(x, y, seed: int) -> np.ndarray:
     return top * (1 - v) + bottom * v
 
 
-def fade(width) -> np.ndarray:
+def fade(width: Number) -> np.ndarray:
     """1 where a pixel is far smaller than a pattern's cell, 0 where it is larger; width in cells."""
     return np.clip(np.float32(1.5) - width, np.float32(0), np.float32(1))
 
@@ -376,7 +383,9 @@ def fade(width) -> np.ndarray:
 # Light
 
 
-def shadows(camera: Camera, parts: list[Part], depth: np.ndarray, receives: np.ndarray, light, sun: bool) -> np.ndarray:
+def shadows(
+    camera: Camera, parts: list[Part], depth: np.ndarray, receives: np.ndarray, light: Vector, sun: bool
+) -> np.ndarray:
     """(H, W) bool: does a part stand between the pixel and the light, a direction for the sun, or else a point.
 
     receives (H, W): the pixels that are asked about, near the ground.

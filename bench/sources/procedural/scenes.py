@@ -3,13 +3,16 @@
 World frame and determinism: see render.py. Lengths are metres; colours are linear RGB.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
-from .render import Face, Part, band, column, fade, mix, noise, pulse, scramble, srgb
+from .render import Face, Part, Vector, band, column, fade, mix, noise, pulse, scramble, srgb
 
+Paint = Callable[[Face], np.ndarray]  # linear RGB (3, N) of the points of a face
 COLORS = {
     "red": srgb("ce1e22"),
     "orange": srgb("f88414"),
@@ -47,10 +50,10 @@ class Draw:
     def chance(self, share: float) -> bool:
         return self.uniform() < share
 
-    def choice(self, values):
+    def choice(self, values: Sequence) -> Any:
         return values[self.integer(0, len(values) - 1)]
 
-    def shuffle(self, values) -> list:
+    def shuffle(self, values: Iterable) -> list:
         values = list(values)
         for i in range(len(values) - 1, 0, -1):
             j = self.integer(0, i)
@@ -120,21 +123,23 @@ class Scene:
     turn: tuple[float, float] = (1.0, 0.0)
     thing: int = 0
 
-    def begin(self, x: float, y: float, z: float = 0.0, turn=(1.0, 0.0), thing: Thing | None = None) -> None:
-        """Solids added next stand at (x, y, z), their front towards their own -y; without a thing they are scenery."""
+    def begin(
+        self, x: float, y: float, z: float = 0.0, turn: tuple[float, float] = (1.0, 0.0), thing: Thing | None = None
+    ) -> None:
+        """Solids added next stand at (x, y, z), front towards their local -y; without a thing they are scenery."""
         self.origin, self.turn, self.thing = (x, y, z), turn, 0
         if thing:
             self.things.append(thing)
             self.thing = len(self.things) - 1
 
-    def add(self, shape: str, center, size, paint, **more) -> None:
+    def add(self, shape: str, center: Vector, size: Vector, paint: Vector | Paint, **more) -> None:
         """A solid by its centre and full sizes in the frame set by `begin`."""
         (x, y, z), (c, s) = self.origin, self.turn
         world = (x + c * center[0] - s * center[1], y + s * center[0] + c * center[1], z + center[2])
         half = (size[0] / 2, size[1] / 2, size[2] / 2)
         self.parts.append(Part(shape, world, half, paint, self.turn, thing=self.thing, **more))
 
-    def box(self, center, size, paint, **more) -> None:
+    def box(self, center: Vector, size: Vector, paint: Vector | Paint, **more) -> None:
         self.add("box", center, size, paint, **more)
 
     def take(self, x: float, y: float, radius: float) -> bool:
@@ -149,7 +154,7 @@ class Scene:
 # Paints: functions of a Face that return colours (3, N)
 
 
-def mottled(color, seed: int, size: float = 0.5, amount: float = 0.12):
+def mottled(color: Vector, seed: int, size: float = 0.5, amount: float = 0.12) -> Paint:
     """One colour with soft cloudy marks."""
 
     def paint(f: Face):
@@ -159,7 +164,7 @@ def mottled(color, seed: int, size: float = 0.5, amount: float = 0.12):
     return paint
 
 
-def rough(color, seed: int, size: float, amount: float):
+def rough(color: Vector, seed: int, size: float, amount: float) -> Paint:
     """Grain at two scales: asphalt, grass, carpet."""
 
     def paint(f: Face):
@@ -171,7 +176,7 @@ def rough(color, seed: int, size: float, amount: float):
     return paint
 
 
-def tiles(color, joint, seed: int, size: float, gap: float = 0.012, vary: float = 0.15):
+def tiles(color: Vector, joint: Vector, seed: int, size: float, gap: float = 0.012, vary: float = 0.15) -> Paint:
     """Square tiles of `size`, each with its own shade."""
 
     def paint(f: Face):
@@ -183,7 +188,7 @@ def tiles(color, joint, seed: int, size: float, gap: float = 0.012, vary: float 
     return paint
 
 
-def checker(first, second, size: float):
+def checker(first: Vector, second: Vector, size: float) -> Paint:
     def paint(f: Face):
         period = 2 * size
         a, b = (2 * pulse(q / period, w / period, 0.5) - 1 for q, w in ((f.a, f.wa), (f.b, f.wb)))
@@ -192,7 +197,16 @@ def checker(first, second, size: float):
     return paint
 
 
-def rows(color, joint, seed: int, length: float, height: float, gap: float, vary: float, upright: bool = False):
+def rows(
+    color: Vector,
+    joint: Vector,
+    seed: int,
+    length: float,
+    height: float,
+    gap: float,
+    vary: float,
+    upright: bool = False,
+) -> Paint:
     """Bricks or boards: cells `length` along, `height` across, shifted from row to row; `upright` lays rows along b."""
 
     def paint(f: Face):
@@ -207,26 +221,26 @@ def rows(color, joint, seed: int, length: float, height: float, gap: float, vary
     return paint
 
 
-def bricks(color, seed: int):
+def bricks(color: Vector, seed: int) -> Paint:
     """Courses of 1/12 m, bricks of 1/4 m."""
     return rows(color, srgb("c4beb4"), seed, 0.25, 1 / 12, 0.012, 0.35)
 
 
-def planks(color, seed: int):
+def planks(color: Vector, seed: int) -> Paint:
     """Boards of 0.15 by 1.8 m along b."""
     return rows(color, darker(color, 0.35), seed, 1.8, 0.15, 0.006, 0.4, upright=True)
 
 
-def stripes(first, second, width: float):
+def stripes(first: Vector, second: Vector, width: float) -> Paint:
     """Upright stripes."""
     return lambda f: mix(first, second, pulse(f.a / (2 * width), f.wa / (2 * width), 0.5))
 
 
-def darker(color, share: float):
+def darker(color: Vector, share: float) -> Vector:
     return tuple(share * q for q in color)
 
 
-def rectangle(f: Face, a0: float, a1: float, b0: float, b1: float):
+def rectangle(f: Face, a0: float, a1: float, b0: float, b1: float) -> np.ndarray:
     """Share of each pixel that lies in a0..a1 by b0..b1 of the face."""
     return band(f.a, f.wa, a0, a1) * band(f.b, f.wb, b0, b1)
 
@@ -234,12 +248,12 @@ def rectangle(f: Face, a0: float, a1: float, b0: float, b1: float):
 # Things, each by its real size
 
 
-def ball(scene: Scene, draw: Draw, color) -> None:
+def ball(scene: Scene, draw: Draw, color: Vector) -> None:
     size = draw.uniform(0.5, 0.7)
     scene.add("ellipsoid", (0, 0, size / 2), (size, size, size), color)
 
 
-def crate(scene: Scene, draw: Draw, color) -> None:
+def crate(scene: Scene, draw: Draw, color: Vector) -> None:
     w, h = draw.uniform(0.45, 0.8), draw.uniform(0.4, 0.8)
 
     def paint(f: Face):
@@ -251,13 +265,13 @@ def crate(scene: Scene, draw: Draw, color) -> None:
     scene.box((0, 0, h / 2), (w, w, h), paint)
 
 
-def post(scene: Scene, draw: Draw, color) -> None:
+def post(scene: Scene, draw: Draw, color: Vector) -> None:
     """A bollard, 1 m high, with a pale ring."""
     scene.add("cylinder", (0, 0, 0.5), (0.18, 0.18, 1.0), lambda f: mix(color, PALE, band(f.z, f.wb, 0.25, 0.37)))
     scene.add("ellipsoid", (0, 0, 1.0), (0.18, 0.18, 0.12), color)
 
 
-def table(scene: Scene, draw: Draw, color) -> None:
+def table(scene: Scene, draw: Draw, color: Vector) -> None:
     w, d, h = draw.uniform(1.2, 1.8), draw.uniform(0.7, 0.9), 0.74
     scene.box((0, 0, h - 0.03), (w, d, 0.05), color)
     for x in (-1, 1):
@@ -266,7 +280,7 @@ def table(scene: Scene, draw: Draw, color) -> None:
             scene.box(leg, (0.06, 0.06, h - 0.06), darker(color, 0.8))
 
 
-def chair(scene: Scene, draw: Draw, color) -> None:
+def chair(scene: Scene, draw: Draw, color: Vector) -> None:
     scene.box((0, 0, 0.45), (0.44, 0.44, 0.05), color)
     scene.box((0, 0.2, 0.72), (0.44, 0.04, 0.36), color)
     for x in (-0.19, 0.19):
@@ -274,7 +288,7 @@ def chair(scene: Scene, draw: Draw, color) -> None:
         scene.box((x, 0.2, 0.27), (0.045, 0.045, 0.54), darker(color, 0.75))
 
 
-def sofa(scene: Scene, draw: Draw, color) -> None:
+def sofa(scene: Scene, draw: Draw, color: Vector) -> None:
     w = draw.uniform(1.7, 2.2)
 
     def seam(f: Face):
@@ -286,7 +300,7 @@ def sofa(scene: Scene, draw: Draw, color) -> None:
         scene.box((x * (w / 2 + 0.08), 0, 0.32), (0.17, 0.85, 0.6), darker(color, 0.85))
 
 
-def shelf(scene: Scene, draw: Draw, color) -> None:
+def shelf(scene: Scene, draw: Draw, color: Vector) -> None:
     """A bookcase 0.32 m deep, its shelves 0.35 m apart."""
     w, d, n = draw.uniform(0.8, 1.2), 0.32, 5
     h = n * 0.35 + 0.1
@@ -309,7 +323,7 @@ def shelf(scene: Scene, draw: Draw, color) -> None:
             scene.box((left, 0.04, 0.095 + 0.35 * i + height / 2), (length, 0.2, height), books)
 
 
-def person(scene: Scene, draw: Draw, color) -> None:
+def person(scene: Scene, draw: Draw, color: Vector) -> None:
     """1.55 to 1.9 m tall; the colour is that of the shirt."""
     k = draw.uniform(1.55, 1.9) / 1.75
     skin, trousers, hair = draw.choice(SKINS), draw.choice(CLOTHES), draw.choice((DARK, WOODS[2], WOODS[1], STEEL))
@@ -326,7 +340,7 @@ def person(scene: Scene, draw: Draw, color) -> None:
     scene.add("ellipsoid", (0, 0.025 * k, 1.655 * k), (0.185 * k, 0.19 * k, 0.2 * k), hair)
 
 
-def plant(scene: Scene, draw: Draw, color=None) -> None:
+def plant(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     leaf, seed, h = draw.choice(LEAVES), draw.seed(), draw.uniform(0.5, 1.0)
     scene.add("cylinder", (0, 0, 0.17), (0.34, 0.34, 0.34), srgb("a45c42"))
     for i in range(3):
@@ -335,7 +349,7 @@ def plant(scene: Scene, draw: Draw, color=None) -> None:
         scene.add("ellipsoid", (x, y, z), (0.5, 0.5, 0.7 * h), rough(leaf, seed + i, 0.07, 0.9))
 
 
-def door(scene: Scene, draw: Draw, color) -> None:
+def door(scene: Scene, draw: Draw, color: Vector) -> None:
     """0.9 by 2.05 m with its frame, panels and handle, against the wall."""
     frame, style = draw.choice((PALE, darker(color, 0.7), WOODS[1])), draw.integer(0, 2)
 
@@ -354,7 +368,7 @@ def door(scene: Scene, draw: Draw, color) -> None:
     scene.box((side, -0.03, 1.0), (0.04, 0.02, 0.2), STEEL)
 
 
-def window(scene: Scene, draw: Draw, color=None) -> None:
+def window(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     """A window of 1.2 by 1.3 m, its sill 0.9 m above the floor; what is behind it is painted on."""
     sky, land = srgb("cee2f6"), srgb("769660")
 
@@ -367,7 +381,7 @@ def window(scene: Scene, draw: Draw, color=None) -> None:
     scene.box((0, -0.03, 0.8), (1.5, 0.16, 0.04), srgb("e8e6e2"))
 
 
-def picture(scene: Scene, draw: Draw, color=None) -> None:
+def picture(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     w, h, seed = draw.uniform(0.4, 1.0), draw.uniform(0.4, 0.7), draw.seed()
     low, high = (darker(q, 0.8) for q in (draw.choice(WALLS), draw.choice(BRICKS + LEAVES + PLASTERS)))
 
@@ -444,7 +458,7 @@ def room(draw: Draw, spread: float) -> Scene:
     return scene
 
 
-def room_paint(draw: Draw, height: float):
+def room_paint(draw: Draw, height: float) -> Paint:
     seed = draw.seed()
     floor = draw.integer(0, 6)
     wood, grey = draw.choice(WOODS), draw.uniform(0.2, 0.6)
@@ -572,7 +586,7 @@ def scatter(scene: Scene, draw: Draw, kinds: list[str], count: int, spread: floa
 # Streets
 
 
-def car(scene: Scene, draw: Draw, color) -> None:
+def car(scene: Scene, draw: Draw, color: Vector) -> None:
     """4.3 by 1.8 by 1.45 m, wheels of 0.64 m."""
 
     def body(f: Face):
@@ -607,12 +621,12 @@ def car(scene: Scene, draw: Draw, color) -> None:
             scene.add("cylinder", (x, y, 0.32), (0.22, 0.64, 0.64), wheel, axis=0)
 
 
-def wheel(f: Face):
+def wheel(f: Face) -> np.ndarray:
     hub = np.clip((0.2 - np.sqrt(f.y * f.y + f.z * f.z)) / np.maximum(f.wa, np.float32(0.01)) + 0.5, 0, 1)
     return mix(srgb("1e1e20"), STEEL, hub if f.axis == 0 else 0 * hub)
 
 
-def tree(scene: Scene, draw: Draw, color=None) -> None:
+def tree(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
     h, leaf, seed = draw.uniform(4.5, 8.0), draw.choice(LEAVES), draw.seed()
     scene.add("cylinder", (0, 0, 0.25 * h), (0.28, 0.28, 0.5 * h), srgb("5c4836"))
     for i in range(draw.integer(2, 4)):
@@ -621,8 +635,8 @@ def tree(scene: Scene, draw: Draw, color=None) -> None:
         scene.add("ellipsoid", (x, y, (0.58 + 0.1 * i) * h), (w, w, 0.85 * w), rough(leaf, seed + i, 0.16, 0.8))
 
 
-def lamp(scene: Scene, draw: Draw, color=None) -> None:
-    """A street lamp 6 m high; its arm reaches along its own -y."""
+def lamp(scene: Scene, draw: Draw, color: Vector | None = None) -> None:
+    """A street lamp 6 m high; its arm reaches along its local -y."""
     scene.add("cylinder", (0, 0, 3.0), (0.14, 0.14, 6.0), STEEL)
     scene.add("cylinder", (0, 0, 0.4), (0.24, 0.24, 0.8), darker(STEEL, 0.7))
     scene.add("cylinder", (0, -0.6, 5.95), (0.08, 1.3, 0.08), STEEL, axis=1)
@@ -630,7 +644,7 @@ def lamp(scene: Scene, draw: Draw, color=None) -> None:
 
 
 def house(scene: Scene, draw: Draw, width: float, depth: float, storeys: int, suburb: bool) -> None:
-    """Storeys of 3 m, windows of 1.1 by 1.4 m, doors of 2.05 m; its front looks along its own -y."""
+    """Storeys of 3 m, windows of 1.1 by 1.4 m, doors of 2.05 m; its front looks along its local -y."""
     height = 3.0 * storeys + 0.4
     seed, bays = draw.seed(), max(2, int(width / 2.7))
     bay, side_bay = width / bays, depth / max(2, int(depth / 3.2))
@@ -829,7 +843,7 @@ def populate(scene: Scene, draw: Draw, road: Road, spread: float) -> None:
     half, pavement, zebra, end = road.half, road.pavement, road.zebra, road.end
     cross, cross_half = road.cross or (-1000.0, 0.0)
 
-    def put(kind: str, x: float, y: float, turn, color: str = "") -> None:
+    def put(kind: str, x: float, y: float, turn: tuple[float, float], color: str = "") -> None:
         build, radius = THINGS[kind]
         z = KERB if abs(x) > half and abs(y - cross) > cross_half else 0.0
         in_the_way = kind != "car" and abs(x) > half and abs(y - cross) < cross_half + radius

@@ -8,6 +8,7 @@ import numpy as np
 
 from .._base import Frame, Sample, Source
 from . import render as caster
+from .render import Array
 from .scenes import Draw, Scene, Thing, room, street, tilt
 
 SIZES = ((320, 240), (320, 240), (240, 320), (368, 208), (336, 224), (272, 272))  # (W, H), all of about 77 000 pixels
@@ -26,19 +27,21 @@ PLURALS = {"box": "boxes", "person": "people", "shelf": "shelves"}
 
 
 def render(split: str, index: int, size: tuple[int, int] | None = None) -> Sample:
-    """Frame `index` of "train" or "test" as a Sample, drawn at `size` (W, H) in px or at the frame's own."""
+    """Frame `index` of "train" or "test" as a Sample, drawn at `size` (W, H) in px; None: the frame's size."""
     return picture(split, index, size)[0]
 
 
-def picture(split: str, index: int, size=None) -> tuple[Sample, np.ndarray, Scene, caster.Camera]:
+def picture(
+    split: str, index: int, size: tuple[int, int] | None = None
+) -> tuple[Sample, np.ndarray, Scene, caster.Camera]:
     """The sample, the index into `scene.things` of what each pixel shows (H, W), the scene and the camera."""
     if size and min(size) < 8:
         raise ValueError(f"size {tuple(size)} px has an edge under 8; pass (W, H) of a picture that shows something")
     draw, kind, lens = begin(split, index)
-    shares, own_size = [draw.uniform() for _ in range(5)], draw.choice(SIZES)
+    shares, frame_size = [draw.uniform() for _ in range(5)], draw.choice(SIZES)
     for _ in range(TRIES):
         scene = (room if kind == "room" else street)(draw, 1 / sum(LENSES[lens]))
-        camera = aim(scene, kind, lens, size or own_size, shares)
+        camera = aim(scene, kind, lens, size or frame_size, shares)
         z, part, covered = caster.trace(camera, scene.parts)
         lo, hi = Procedural.depth_range
         depth = np.where((z >= lo) & (z <= hi), z, 0.0).astype(np.float32)
@@ -92,7 +95,9 @@ def develop(scene: Scene, camera: caster.Camera, depth: np.ndarray, part: np.nda
     return caster.develop(colors, part)
 
 
-def in_street(scene: Scene, albedo, normal, point, dark, depth, index) -> np.ndarray:
+def in_street(
+    scene: Scene, albedo: Array, normal: Array, point: list[Array], dark: Array, depth: Array, index: Array
+) -> Array:
     """Linear colours (3, N) under sun, sky and haze."""
     facing = sum(n * np.float32(q) for n, q in zip(normal, scene.light, strict=True))
     glow = scene.strength * np.maximum(facing, 0) * np.where(dark, np.float32(0.15), np.float32(1))
@@ -100,7 +105,9 @@ def in_street(scene: Scene, albedo, normal, point, dark, depth, index) -> np.nda
     return linear + (caster.column(scene.horizon) - linear) * (depth / (depth + 350))
 
 
-def in_room(scene: Scene, albedo, normal, point, dark, depth, index) -> np.ndarray:
+def in_room(
+    scene: Scene, albedo: Array, normal: Array, point: list[Array], dark: Array, depth: Array, index: Array
+) -> Array:
     """Linear colours (3, N) under a lamp, darker towards the corners."""
     to = [np.float32(q) - p for q, p in zip(scene.light, point, strict=True)]
     square = to[0] * to[0] + to[1] * to[1] + to[2] * to[2]
@@ -217,15 +224,15 @@ class Procedural(Source):
     depth_range = (0.3, 80.0)
     depth_scale = 512.0
 
-    def __init__(self, raw=None, size: tuple[int, int] | None = None):
-        """`raw` is not used; `size` (W, H) in px replaces the frames' own sizes."""
+    def __init__(self, raw: str | None = None, size: tuple[int, int] | None = None):
+        """`raw` is not used; `size` (W, H) in px replaces the frames' sizes."""
         self.raw, self.size = raw, size
 
     def frames(self, split: str) -> Iterator[Frame]:
-        (own,) = self.own_splits(split)
-        for index in range(COUNTS[own]):
-            _, kind, lens = begin(own, index)
-            yield Frame(f"{own}/{index:09d}", f"{kind}-{index:09d}", lens, (own, index))
+        self.official_splits(split)
+        for index in range(COUNTS[split]):
+            _, kind, lens = begin(split, index)
+            yield Frame(f"{split}/{index:09d}", f"{kind}-{index:09d}", lens, (split, index))
 
     def load(self, frame: Frame) -> Sample:
         return render(*frame.data, self.size)
