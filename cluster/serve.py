@@ -6,8 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -57,7 +57,8 @@ class DepthService:
         model = DepthVLMForConditionalGeneration.from_pretrained(self.settings.model, dtype=self.settings.dtype)
         model = model.to(self.settings.device).eval()
         max_batch_size, max_wait = self.settings.max_batch_size, self.settings.max_wait_ms / 1000
-        self.wave_requests = Histogram("depthvlm_wave_requests", "per wave", boundaries=[1, 2, 4, 8, 16, 32, 64])
+        self.waves = Counter("depthvlm_waves", "batches that were run")
+        self.requests = Counter("depthvlm_wave_requests", "requests of all waves")
         seconds = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
         self.wave_seconds = Histogram("depthvlm_wave_seconds", "from prefill to the last token", boundaries=seconds)
         self.wave_waited = Histogram("depthvlm_wave_waited_seconds", "of its oldest request", boundaries=seconds)
@@ -85,7 +86,8 @@ class DepthService:
             body = await self.read(request, api.DepthRequest)
             row = await asyncio.to_thread(api.encode_depth_request, self.processor, body, self.settings)
             events = self.submit(row)
-        depth = [event async for event in events][0]
+        async with aclosing(events):
+            depth = await anext(events)
         return (await asyncio.to_thread(api.depth_reply, depth, body.depth))[0]
 
     @app.post("/v1/chat/completions")
@@ -101,42 +103,47 @@ class DepthService:
         request_id, prompt_tokens = request.headers["x-request-id"], row["input_ids"].shape[1]
         if body.stream:
             chunks = self.chunks(request_id, body, events, prompt_tokens)
-            return StreamingResponse(chunks, media_type="text/event-stream")
+            first = await anext(chunks)  # what fails before it has a status of its own
+            return StreamingResponse(self.stream(first, chunks), media_type="text/event-stream")
         text, depth = "", None
-        async for event in events:
-            if isinstance(event, waves.Depth):
-                depth = await asyncio.to_thread(api.depth_reply, event, body.depth)
-            elif isinstance(event, str):
-                text += event
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, waves.Depth):
+                    depth = await asyncio.to_thread(api.depth_reply, event, body.depth)
+                elif isinstance(event, str):
+                    text += event
         used = api.usage(prompt_tokens, event.tokens)
         return api.completion(request_id, self.settings.name, text, event.reason, used, depth)
 
     async def chunks(
-        self, request_id: str, body: api.ChatRequest, events: AsyncIterator, prompt_tokens: int
-    ) -> AsyncIterator[str]:
-        """Server-sent events of a streamed answer; depth comes with the first, before any text."""
-
-        def chunk(*args, **fields) -> str:
-            return f"data: {json.dumps(api.chunk(request_id, self.settings.name, *args, **fields))}\n\n"
-
-        first = {"role": "assistant", "content": ""}
-        try:
-            if not body.depth:
-                yield chunk(first)
+        self, request_id: str, body: api.ChatRequest, events: AsyncGenerator, prompt_tokens: int
+    ) -> AsyncGenerator[dict]:
+        """The objects of a streamed answer; depth is in the first, before any text."""
+        role = {"role": "assistant"}
+        async with aclosing(events):
             async for event in events:
                 if isinstance(event, waves.Depth):
-                    yield chunk(first, depth=await asyncio.to_thread(api.depth_reply, event, body.depth))
+                    depth = await asyncio.to_thread(api.depth_reply, event, body.depth)
+                    yield api.chunk(request_id, self.settings.name, role | {"content": ""}, depth=depth)
                 elif isinstance(event, str):
-                    yield chunk({"content": event})
+                    yield api.chunk(request_id, self.settings.name, role | {"content": event})
                 else:
-                    yield chunk({}, event.reason)
-            if body.stream_options and body.stream_options.include_usage:
-                yield chunk(None, usage=api.usage(prompt_tokens, event.tokens))
-            yield "data: [DONE]\n\n"
-        except ApiError as error:  # the status has long been sent
-            yield f"data: {json.dumps(error.body)}\n\n"
-        finally:
-            await events.aclose()
+                    yield api.chunk(request_id, self.settings.name, role, event.reason)
+                role = {}
+        if body.stream_options and body.stream_options.include_usage:
+            yield api.chunk(request_id, self.settings.name, None, usage=api.usage(prompt_tokens, event.tokens))
+
+    async def stream(self, first: dict, chunks: AsyncGenerator[dict]) -> AsyncIterator[str]:
+        """Server-sent events. A failure is the last of them: the status has long been sent."""
+        async with aclosing(chunks):
+            yield f"data: {json.dumps(first)}\n\n"
+            try:
+                async for chunk in chunks:
+                    yield f"data: {json.dumps(chunk)}\n\n"
+            except ApiError as error:
+                yield f"data: {json.dumps(error.body)}\n\n"
+            else:
+                yield "data: [DONE]\n\n"
 
     def check(self, body: api.ChatRequest) -> None:
         if body.model != self.settings.name:
@@ -175,7 +182,7 @@ class DepthService:
             reason = "is not supported here; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
             raise ApiError(400, f"{where or 'the body'}: {reason}") from error
 
-    def submit(self, row, **options) -> AsyncIterator:
+    def submit(self, row, **options) -> AsyncGenerator:
         """The request's events as they come; raises its failure. It is cancelled if nobody waits to the end."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -204,7 +211,8 @@ class DepthService:
         return events()
 
     def observe(self, wave: waves.Wave) -> None:
-        self.wave_requests.observe(wave.requests)
+        self.waves.inc()
+        self.requests.inc(wave.requests)
         self.wave_seconds.observe(wave.seconds)
         self.wave_waited.observe(wave.waited)
         if wave.tokens:

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,16 @@ class Service:
     def __init__(self, environment: dict, model: Path):
         self.port, self.metrics_port = rays.free_port(), rays.free_port()
         self.folder = Path(environment["RAY_TMPDIR"])
-        options = ["--port", self.port, "--metrics-port", self.metrics_port, "--max-requests", MAX_REQUESTS]
+        options = [
+            "--dtype",
+            "float32",
+            "--port",
+            self.port,
+            "--metrics-port",
+            self.metrics_port,
+            "--max-requests",
+            MAX_REQUESTS,
+        ]
         options += ["--max-batch-size", 8, "--max-answer-tokens", LONG, "--max-body-bytes", 1_000_000]
         options += ["--max-image-pixels", 1_000_000, "--max-images", 2, "--max-prompt-tokens", 1000]
         self.process = rays.start(environment, "serve", "--model", model, *options)
@@ -106,8 +114,9 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(model_folder):
+    """Processor and model in float32, as in the service: in bfloat16 two tokens tie now and then."""
     processor = DepthVLMProcessor.from_pretrained(model_folder, trust_remote_code=False)
-    return processor, DepthVLMForConditionalGeneration.from_pretrained(model_folder).eval()
+    return processor, DepthVLMForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +181,7 @@ def test_the_openai_client_streams_an_answer_and_reads_the_depth(service, model)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
     assert not chunks[0].choices[0].delta.content  # depth comes before any text
     for depth in (whole.depth, chunks[0].depth):
-        np.testing.assert_allclose(decode(depth[0]), metres, rtol=0.02, atol=0.0006)
+        np.testing.assert_allclose(decode(depth[0]), metres, rtol=1e-3, atol=6e-4)
         assert depth[0]["camera"]["fx"] == FOCAL and depth[0]["camera"]["focal_length_source"] == "given"
     assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens == 12
     assert len({whole.id, chunks[0].id}) == 2 and len({chunk.id for chunk in chunks}) == 1
@@ -188,7 +197,7 @@ def test_depth_alone_as_npz(service, model):
     expected = processor.post_process_depth_estimation(outputs)[0]["predicted_depth"].numpy()
     with np.load(io.BytesIO(base64.b64decode(reply["npz"]))) as file:
         assert file["depth"].dtype == np.float16
-        np.testing.assert_allclose(file["depth"], expected, rtol=0.02)
+        np.testing.assert_allclose(file["depth"], expected, rtol=2e-3)
 
 
 def test_distinct_photos_of_many_clients_are_not_mixed_up(service, model):
@@ -209,35 +218,42 @@ def test_distinct_photos_of_many_clients_are_not_mixed_up(service, model):
     expected = [alone(model, seed, 4) for seed in range(CLIENTS * REQUESTS)]
     assert [answer for answer, _ in replies] == [answer for answer, _ in expected]
     for (_, depth), (_, metres) in zip(replies, expected, strict=True):
-        np.testing.assert_allclose(depth, metres, rtol=0.02, atol=0.0006)
+        np.testing.assert_allclose(depth, metres, rtol=1e-3, atol=6e-4)
     others = [metres for _, metres in expected[3::3]]  # of the first one's size
-    assert not any(np.allclose(other, expected[0][1], rtol=0.02, atol=0.0006) for other in others)
+    assert not any(np.allclose(other, expected[0][1], rtol=1e-3, atol=6e-4) for other in others)
     waves = service.waves()[before:]
     assert sum(wave["requests"] for wave in waves) == CLIENTS * REQUESTS
     assert max(wave["requests"] for wave in waves) > 1
-    rays.wait_for(lambda: service.metric("depthvlm_wave_requests_sum") >= CLIENTS * REQUESTS, "metrics", 30)
+    rays.wait_for(lambda: service.metric("depthvlm_wave_requests_total") >= CLIENTS * REQUESTS, "metrics", 60)
+    assert 0 < service.metric("depthvlm_waves_total") < service.metric("depthvlm_wave_requests_total")
 
 
 def test_beyond_the_limit_of_requests_is_429(service):
-    streams = [service.stream(LONG) for _ in range(MAX_REQUESTS)] if MAX_REQUESTS <= 8 else None
+    """As many requests as there is room for, in two waves; the answers are long, and their clients leave at the end."""
+    leave = threading.Event()
+
+    def ask(_):
+        try:
+            for _ in service.stream(LONG // 5):
+                if leave.is_set():
+                    return
+        except openai.RateLimitError:  # of the probes below, one may have had the last place
+            pass
+
+    depth = {"image": data_url(photo(0))}
     with ThreadPoolExecutor(MAX_REQUESTS) as pool:
-        # the first wave runs, the others wait for it
-        streams = streams or list(
-            pool.map(
-                lambda _: service.client.chat.completions.create(
-                    model="depthvlm", messages=[{"role": "user", "content": "Hi"}], max_tokens=LONG, stream=True
-                ),
-                range(MAX_REQUESTS),
-            )
+        asked = [pool.submit(ask, number) for number in range(MAX_REQUESTS)]
+        status, headers, text = rays.wait_for(
+            lambda: (reply := service.post("/v1/depth", depth))[0] != 200 and reply, "a refusal"
         )
-        status, headers, text = service.post("/v1/depth", {"image": data_url(photo(0))})
         with pytest.raises(openai.RateLimitError, match="16 requests are running or waiting; try again later"):
             service.stream(1)
+        leave.set()
+        for future in asked:
+            future.result()
     assert status == 429 and headers["retry-after"] == "1"
     assert json.loads(text)["error"]["type"] == "rate_limit_error"
-    for stream in streams:
-        stream.close()
-    rays.wait_for(lambda: service.post("/v1/depth", {"image": data_url(photo(0))})[0] == 200, "room again", 60)
+    rays.wait_for(lambda: service.post("/v1/depth", depth)[0] == 200, "room again", 60)
 
 
 def test_what_is_too_much_or_no_image_is_refused_in_a_sentence(service):
@@ -276,11 +292,11 @@ def test_what_is_too_much_or_no_image_is_refused_in_a_sentence(service):
     assert service.refused("/v1/images", {})[0] == 404
 
 
-@pytest.mark.parametrize("seconds", [0.3])
-def test_a_client_that_goes_away_stops_its_request(service, seconds):
+def test_a_client_that_goes_away_stops_its_request(service):
     before = len(service.waves())
     stream = service.stream(LONG)
-    time.sleep(seconds)
+    for _, chunk in zip(range(3), stream, strict=False):
+        assert chunk.choices[0].delta.content
     stream.close()
     (wave,) = rays.wait_for(lambda: service.waves()[before:], "the end of the wave", 60)
     assert 0 < wave["tokens"] < LONG / 2
