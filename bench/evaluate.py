@@ -88,22 +88,25 @@ class Run:
 
 def identity_of(run: Run, contestant: Contestant, contents: dict[str, Contents]) -> dict:
     """What a run's names stand for now: the checkpoint's files may change under their name, and the data's."""
+    name, _, checkpoint = run.model.partition(":")
+    version = checkpoint_version(checkpoint if name in contestants.names() else run.model)
+    content = {source: held.hash for source, held in contents.items()}
+    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "content": content}
+
+
+def checkpoint_version(checkpoint: str) -> str:
+    """SHA-256 of the files that make a checkpoint's answers; the commit of a downloaded hub id; else ""."""
     from huggingface_hub import try_to_load_from_cache
 
-    name, _, checkpoint = run.model.partition(":")
-    checkpoint = checkpoint if name in contestants.names() else run.model
     weights = Path(checkpoint)
     if weights.exists():
         files = [weights] if weights.is_file() else sorted(file for kind in DECIDING for file in weights.glob(kind))
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name} {manifest.fingerprint(file)['sha256']}\n".encode())
-        version = digest.hexdigest()
-    else:
-        config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
-        version = Path(config).parent.name if isinstance(config, str) else ""  # the commit
-    content = {source: held.hash for source, held in contents.items()}
-    return {"bench": VERSION, "checkpoint": version, "served_at": contestant.served_at, "content": content}
+        return digest.hexdigest()
+    config = try_to_load_from_cache(checkpoint, "config.json") if re.fullmatch(r"[\w./-]+", checkpoint) else None
+    return Path(config).parent.name if isinstance(config, str) else ""
 
 
 # Contestants
