@@ -62,7 +62,7 @@ lint: .venv/.dev
 	touch $@
 
 .venv/.dev: .venv/.installed requirements-dev.txt
-	$(BIN)/python -m pip install --quiet -e ".[readers]" -r requirements-dev.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e ".[readers,openai,app,heic,video,quantize,ray]" -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 .venv/.app: .venv/.installed
