@@ -21,7 +21,7 @@ from trl import ModelConfig
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-from depthvlm.predict import write_picture
+from depthvlm.outputs import color_png
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 TRAINED, FROZEN = "trained_weights", "frozen_weights"  # folders: of each checkpoint, and of the run
@@ -203,7 +203,7 @@ def save_example(model: torch.nn.Module, processor: DepthVLMProcessor, folder: P
     if writes:
         depth = processor.post_process_depth_estimation(outputs)[0]["predicted_depth"]
         shutil.copy(EXAMPLE, folder / EXAMPLE_PHOTO)
-        write_picture(folder / EXAMPLE_DEPTH, depth.cpu().numpy())
+        (folder / EXAMPLE_DEPTH).write_bytes(color_png(depth.numpy(force=True)))
 
 
 def model_card(trainer: Trainer, name: str, has_example: bool) -> ModelCard:
