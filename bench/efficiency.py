@@ -602,8 +602,8 @@ def main(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
-    train = "a step of both stages, and the loader; few --layers shorten vision too"
-    parser.add_argument("--train", action="store_true", help=train)
+    parser.add_argument("--train", action="store_true", help="a step of both stages, and the loader")
+    parser.add_argument("--vision-layers", type=int, default=24, help="of the --train steps: the 4B model's 24, or fewer")
     parser.add_argument("--images", type=int, default=2, help="per --train step and per batch of the loader")
     parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
     parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")
@@ -623,7 +623,7 @@ def main(arguments=None):
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
         dtype = getattr(torch, options.dtype)
-        config = config_4b(options.layers, min(max(options.layers, 4), 24))  # what both steps share, kept short
+        config = config_4b(options.layers, options.vision_layers)
         settings = (config, tuple(options.grid), options.images, dtype, options.repeats)
         report |= {f"stage {stage}": training_efficiency(*settings, stage, options.device) for stage in STAGES}
         report["loader"] = loader_efficiency(options.processor, options.photo, options.images, options.repeats)

@@ -159,10 +159,11 @@ class JsonLines:
             while chunk := file.read(LINES_AT_ONCE):
                 ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
                 size += len(chunk)
-        ends = np.unique(np.concatenate([*ends, [size]])) if size else np.zeros(0, np.int64)
-        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        self.spans = np.stack([starts, ends], axis=1)
-        short = np.flatnonzero(ends - starts <= len("{}\r"))  # too short for an object: a blank line, most often
+        ends = np.concatenate([np.zeros(1, np.int64), *ends])
+        if ends[-1] < size:  # a last line that no line end follows
+            ends = np.append(ends, size)
+        self.spans = np.stack([ends[:-1], ends[1:]], axis=1)
+        short = np.flatnonzero(np.diff(ends) <= len("{}\r"))  # too short for an object: a blank line, most often
         blank = [index for index in short.tolist() if not self.text(index, index + 1).strip()]
         self.spans = np.delete(self.spans, blank, axis=0)
 
