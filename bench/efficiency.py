@@ -284,8 +284,8 @@ def training_steps(
     """A step of `train_sft.py`, up to the gradients, and the same one as one writes it down."""
     from trl.trainer.utils import add_fused_lm_head
 
+    from training.arguments import freeze
     from training.loss import add_depth_loss
-    from training.trainer import freeze
 
     model = random_model(config, dtype, device).train()
     freeze(model, STAGES[stage])
@@ -603,7 +603,9 @@ def main(arguments=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
     parser.add_argument("--train", action="store_true", help="a step of both stages, and the loader")
-    parser.add_argument("--vision-layers", type=int, default=24, help="of the --train steps: the 4B model's 24, or fewer")
+    parser.add_argument(
+        "--vision-layers", type=int, default=24, help="of the --train steps: the 4B model's 24, or fewer"
+    )
     parser.add_argument("--images", type=int, default=2, help="per --train step and per batch of the loader")
     parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
     parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")

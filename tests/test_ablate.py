@@ -43,7 +43,7 @@ def test_rows_are_the_papers():
 
 def test_rows_are_known_to_model_and_trainer():
     """Every field is the configuration's, and every stage's argument the trainer's."""
-    from training.trainer import PARTS
+    from training.arguments import PARTS
 
     known = set(DepthVLMConfig().to_dict())
     for row in ablate.read_rows().values():
