@@ -21,7 +21,7 @@ from depthvlm.processing_depthvlm import DepthVLMProcessor
 from .arguments import DepthSFTConfig
 from .data import DataArguments
 from .encoding import Encoder
-from .memory import memory_per_rank
+from .memory import Memory, memory_per_rank
 from .stream import TrainingStream
 
 GIB = 2**30
@@ -69,23 +69,23 @@ def set_length(arguments: DepthSFTConfig, mix: list[Share]) -> None:
 
 def warnings(data_args: DataArguments, training_args: DepthSFTConfig, mix: list[Share]) -> list[str]:
     """Sentences about the mix and the length of the run; `set_length` comes first."""
-    found = []
+    sentences = []
     readers = training_args.processes * max(training_args.dataloader_num_workers, 1)
     for share in mix:
         if share.blocks < readers:
-            found.append(
+            sentences.append(
                 f"{share.label} has {share.blocks} blocks (shards, or row groups of Parquet) for {readers} readers "
                 f"({training_args.processes} processes x {max(training_args.dataloader_num_workers, 1)} workers), so "
                 "several read each block; write more and smaller ones, or lower dataloader_num_workers"
             )
         if share.passes > MOST_PASSES:
-            found.append(
+            sentences.append(
                 f"each row of {share.label} is seen {share.passes:.1f} times; lower its weight or the length of the "
                 "run, or use sampling: rows"
             )
     if training_args.trains != ["depth_head"] and all(source.kind == "depth" for source in data_args.datasets):
-        found.append(NO_INSTRUCTIONS)
-    return found
+        sentences.append(NO_INSTRUCTIONS)
+    return sentences
 
 
 # Samples
@@ -139,10 +139,71 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def device_bytes(arguments: DepthSFTConfig) -> float:
+def print_mix(mix: list[Share], arguments: DepthSFTConfig) -> None:
+    """Rows and passes of each data set, and the length of the run."""
+    samples, rows = arguments.max_steps * arguments.samples_per_step, sum(share.rows for share in mix)
+    cells = [
+        [share.label, f"{share.rows:,}", f"{share.blocks:,}", f"{share.share:.2%}"]
+        + [f"{share.share * samples:,.0f}", f"{share.passes:.2f}"]
+        for share in mix
+    ]
+    print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
+    print(
+        f"\nglobal batch {arguments.samples_per_step} = {arguments.processes} processes x "
+        f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} micro-batches; "
+        f"{arguments.max_steps:,} steps, {samples:,} samples, {samples / rows:.2f} epochs of {rows:,} rows"
+    )
+
+
+def print_lengths(rows: list[dict], batch_size: int) -> None:
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+    print(
+        f"tokens per sample: median {statistics.median(lengths):.0f}, p95 {np.percentile(lengths, 95):.0f}, largest "
+        f"{max(lengths)}; padding {padding:.1%} (of {len(lengths)} samples)"
+    )
+
+
+def print_memory(plans: list[Memory], checkpointing: bool) -> None:
+    names = ["with" if checkpointing else "without", "without" if checkpointing else "with"]
+    print(f"\nmemory per rank in GiB, estimated from shapes; activations {names[0]} gradient checkpointing:")
+    header = ["", "weights", "gradients", "optimizer", "activations", "total", f"({names[1]})", "checkpoint"]
+    cells = [
+        [plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total]
+        + [plan.total - plan.activations + plan.other_activations, plan.checkpoint]
+        for plan in plans
+    ]
+    rows = [[plan.engine, *(f"{size / GIB:.2f}" for size in row)] for plan, row in zip(plans, cells, strict=True)]
+    print(table(header, rows))
+
+
+def print_samples(rows: list[dict], labels: list[str], processor: DepthVLMProcessor, pictures: Path) -> None:
+    """The first sample of each data set, then others: their text, and pictures of their depth labels."""
+    firsts = {row["set"]: number for number, row in reversed(list(enumerate(rows)))}
+    others = sorted(set(range(len(rows))) - set(firsts.values()))
+    for number in [*sorted(firsts.values()), *others][:SHOWN]:
+        row = rows[number]
+        print(f"\nsample {number}, of {labels[row['set']]}:")
+        print(decoded(processor, row))
+        for index, label in enumerate(row["depth_labels"]):
+            if label is not None and (label > 0).any():
+                path = pictures / f"sample{number}_image{index}.png"
+                write_label_picture(path, row["sample"]["images"][index], label)
+                print(f"  depth label of image {index}: {path}")
+
+
+def memory_warnings(plans: list[Memory], arguments: DepthSFTConfig) -> list[str]:
     if arguments.device_memory is not None:
-        return arguments.device_memory * GIB
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+        limit = arguments.device_memory * GIB
+    else:
+        limit = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+    return [
+        f"with {plan.engine} a rank needs {plan.total / GIB:.1f} GiB, and the device has {limit / GIB:.1f}; lower "
+        "per_device_train_batch_size (the global batch stays), use gradient_checkpointing, FSDP2 or LoRA"
+        for plan in plans
+        if plan.total > limit
+    ]
 
 
 def dry_run(
@@ -159,66 +220,27 @@ def dry_run(
 
     mix = shares(stream)
     set_length(training_args, mix)
-    samples, rows = training_args.max_steps * training_args.samples_per_step, sum(share.rows for share in mix)
-    cells = [
-        [share.label, f"{share.rows:,}", f"{share.blocks:,}", f"{share.share:.2%}"]
-        + [f"{share.share * samples:,.0f}", f"{share.passes:.2f}"]
-        for share in mix
-    ]
-    print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
-    print(
-        f"\nglobal batch {training_args.samples_per_step} = {training_args.processes} processes x {size} x "
-        f"{training_args.gradient_accumulation_steps} micro-batches; {training_args.max_steps:,} steps, {samples:,} "
-        f"samples, {samples / rows:.2f} epochs of {rows:,} rows"
-    )
+    print_mix(mix, training_args)
 
-    read = list(itertools.islice(stream, SAMPLES))
-    lengths = [len(row["input_ids"]) for row in read]
+    rows = list(itertools.islice(stream, SAMPLES))
+    print_lengths(rows, size)
+
     merged = config.vision_config.spatial_merge_size**2
-    images = [row["image_grid_thw"].prod(-1) // merged for row in read if "image_grid_thw" in row]
-    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
-    print(
-        f"tokens per sample: median {statistics.median(lengths):.0f}, p95 {np.percentile(lengths, 95):.0f}, largest "
-        f"{max(lengths)}; padding {padding:.1%} (of {len(lengths)} samples)"
-    )
-
-    of_samples = max((int(sizes.sum()) for sizes in images), default=0)
-    largest = max((int(sizes.max()) for sizes in images), default=0)
+    image_tokens = [row["image_grid_thw"].prod(-1) // merged for row in rows if "image_grid_thw" in row]
     plans = memory_per_rank(
-        config, training_args, model_args, peft_config, size * max(lengths), size * of_samples, largest
+        config,
+        training_args,
+        model_args,
+        peft_config,
+        tokens=size * max(len(row["input_ids"]) for row in rows),
+        image_tokens=size * max((int(tokens.sum()) for tokens in image_tokens), default=0),
+        image=max((int(tokens.max()) for tokens in image_tokens), default=0),
     )
-    checkpointing = training_args.gradient_checkpointing
-    names = ["with" if checkpointing else "without", "without" if checkpointing else "with"]
-    print(f"\nmemory per rank in GiB, estimated from shapes; activations {names[0]} gradient checkpointing:")
-    header = ["", "weights", "gradients", "optimizer", "activations", "total", f"({names[1]})", "checkpoint"]
-    cells = [
-        [plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total]
-        + [plan.total - plan.activations + plan.other_activations, plan.checkpoint]
-        for plan in plans
-    ]
-    rows = [[plan.engine, *(f"{number / GIB:.2f}" for number in row)] for plan, row in zip(plans, cells, strict=True)]
-    print(table(header, rows))
+    print_memory(plans, training_args.gradient_checkpointing)
 
-    firsts = {row["set"]: number for number, row in reversed(list(enumerate(read)))}  # of each data set
-    for number in [*sorted(firsts.values()), *sorted(set(range(len(read))) - set(firsts.values()))][:SHOWN]:
-        row = read[number]
-        print(f"\nsample {number}, of {data_args.datasets[row['set']].label}:")
-        print(decoded(processor, row))
-        for index, label in enumerate(row["depth_labels"]):
-            if label is not None and (label > 0).any():
-                path = Path(training_args.output_dir) / "dry_run" / f"sample{number}_image{index}.png"
-                write_label_picture(path, row["sample"]["images"][index], label)
-                print(f"  depth label of image {index}: {path}")
+    labels = [source.label for source in data_args.datasets]
+    print_samples(rows, labels, processor, Path(training_args.output_dir) / "dry_run")
 
     print()
-    found = warnings(data_args, training_args, mix)
-    limit = device_bytes(training_args)
-    for plan in plans:
-        if plan.total > limit:
-            found.append(
-                f"with {plan.engine} a rank needs {plan.total / GIB:.1f} GiB, and the device has {limit / GIB:.1f}; "
-                "lower per_device_train_batch_size (the global batch stays), use gradient_checkpointing, FSDP2 or LoRA"
-            )
-    for sentence in found:
+    for sentence in [*warnings(data_args, training_args, mix), *memory_warnings(plans, training_args)]:
         print(f"warning: {sentence}")
