@@ -22,6 +22,7 @@ from .arguments import DepthSFTConfig
 from .data import DataArguments
 from .encoding import Encoder
 from .memory import Memory, memory_per_rank
+from .rows import BLOCK
 from .stream import TrainingStream
 
 GIB = 2**30
@@ -148,6 +149,7 @@ def print_mix(mix: list[Share], arguments: DepthSFTConfig) -> None:
         for share in mix
     ]
     print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
+    print(f"(a block is a row group of Parquet, or {BLOCK} rows of another format; readers divide blocks, not rows)")
     print(
         f"\nglobal batch {arguments.samples_per_step} = {arguments.processes} processes x "
         f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} micro-batches; "
