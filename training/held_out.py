@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .data import DataArguments, load_sample, open_sample
-from .encoding import Encoder
+from .encoding import Collator, Encoder
 from .rows import Rows
 from .stream import report, row_name
 
@@ -21,7 +21,7 @@ class EvalSamples(torch.utils.data.Dataset):
     -100, and there are no `depth_labels`), so that it adds nothing to a sum of losses.
     """
 
-    def __init__(self, arguments: DataArguments, encoder: Encoder, log: Path | None = None):
+    def __init__(self, arguments: DataArguments, encoder: Encoder, log: Path | None = None) -> None:
         self.sources, self.encoder, self.log = arguments.eval_datasets, encoder, log
         self.rows = [source.open() for source in self.sources]
         self.places = [
@@ -60,7 +60,7 @@ def places_of(rows: Rows) -> Iterator[tuple[int, int]]:
 class FilledUp(torch.utils.data.Dataset):
     """A data set whose indices beyond its length are rows of it that are marked not to count."""
 
-    def __init__(self, dataset: EvalSamples):
+    def __init__(self, dataset: EvalSamples) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class FilledUp(torch.utils.data.Dataset):
         return self.dataset[index % len(self.dataset)], index < len(self.dataset)
 
 
-def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
+def collate_filled_up(collator: Collator, rows: list[tuple[dict, bool]]) -> dict:
     """A batch without the answers and depth labels of the rows that do not count."""
     samples, counts = zip(*rows, strict=True)
     batch = collator(list(samples))

@@ -18,7 +18,7 @@ class Passes:
 
     def __init__(
         self, rows: Rows, buffer: int, seed: tuple, reader: int, readers: int, first: int, step: int, offset: int
-    ):
+    ) -> None:
         self.rows, self.buffer, self.seed = rows, buffer, seed
         self.reader, self.readers, self.first, self.step, self.offset = reader, readers, first, step, offset
         self.arrange()

@@ -13,6 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from peft import PeftConfig
+from PIL import Image
 from trl import ModelConfig
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
@@ -111,7 +112,7 @@ def decoded(processor: DepthVLMProcessor, row: dict) -> str:
     return "\n".join(lines)
 
 
-def write_label_picture(path: Path, image, label: torch.Tensor) -> None:
+def write_label_picture(path: Path, image: Image.Image, label: torch.Tensor) -> None:
     """A photo beside its depth label, in colours, on the processed grid; white where there is no label."""
     height, width = label.shape
     figure = Figure(figsize=(12, 6 * height / width + 0.6), layout="constrained", dpi=100)

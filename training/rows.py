@@ -8,11 +8,12 @@ rows, each as a dict with its images still encoded, and `name(block, row)`, whic
 import bisect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
@@ -47,7 +48,7 @@ class Rows:
 class Table(Sequence):
     """The rows of an Arrow table, each turned into Python when it is asked for."""
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table) -> None:
         self.table = table
 
     @cached_property
@@ -70,7 +71,7 @@ class Table(Sequence):
 class ParquetRows(Rows):
     """files: paths or URLs that `fsspec` opens. columns: those to read, where a file has them."""
 
-    def __init__(self, files: list[str], columns: Sequence[str]):
+    def __init__(self, files: list[str], columns: Sequence[str]) -> None:
         self.files = files
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(row_groups, files))
@@ -110,7 +111,7 @@ def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
 class ArrowRows(Rows):
     """dataset: one of `datasets` with an index, memory-mapped."""
 
-    def __init__(self, dataset: datasets.Dataset, columns: Sequence[str]):
+    def __init__(self, dataset: datasets.Dataset, columns: Sequence[str]) -> None:
         self.columns = [name for name in columns if name in dataset.column_names] or dataset.column_names
         self.dataset = dataset.select_columns(self.columns).with_format("arrow")
         self.sizes = block_sizes(len(dataset))
@@ -126,7 +127,7 @@ class ArrowRows(Rows):
 class JsonRows(Rows):
     """files: local paths, each with one JSON object per line, or a list of objects. Nothing is held to one schema."""
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str]) -> None:
         self.files = [json_file(file) for file in files]
         sizes = [block_sizes(len(file)) for file in self.files]
         self.firsts = np.cumsum([0, *map(len, sizes)]).tolist()  # block that each file begins with
@@ -152,7 +153,7 @@ class JsonRows(Rows):
 class JsonLines:
     """Objects of a file with one per line, read at their places in it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = path
         ends, size = [], 0
         with open(path, "rb") as file:
@@ -184,7 +185,7 @@ class JsonLines:
 class JsonList:
     """Objects of a file that is one list, kept as text, which takes a tenth of the memory of Python objects."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = path
         rows = [json.dumps(row, ensure_ascii=False).encode() for row in parse(Path(path).read_bytes(), path)]
         self.ends, self.data = np.cumsum([0, *map(len, rows)]), b"".join(rows)
@@ -202,7 +203,7 @@ def json_file(path: str) -> JsonLines | JsonList:
         return JsonList(path) if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else JsonLines(path)
 
 
-def parse(text: bytes, path: str):
+def parse(text: bytes, path: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except ValueError as error:
@@ -214,7 +215,7 @@ class FolderRows(Rows):
 
     columns = ["id", "image", "depth", "depth_scale", "fx"]
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.folder = RGBDFolder(path)
         self.sizes = block_sizes(len(self.folder.names))
 
@@ -239,7 +240,9 @@ def block_sizes(rows: int) -> np.ndarray:
     return np.diff([*range(0, rows, BLOCK), rows])
 
 
-def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequence[str]) -> Rows:
+def open_rows(
+    path: str, name: str | None, split: str, data_files: str | list | dict | None, columns: Sequence[str]
+) -> Rows:
     """
     The rows of a plain RGB-D folder, a JSON or Parquet file, a folder of `save_to_disk`, or whatever `load_dataset`
     takes. Raises `ValueError` for a split that is not there.
@@ -269,6 +272,6 @@ def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequ
     return ArrowRows(datasets.load_dataset(loader, data_files={split: files}, split=split), columns)
 
 
-def check_split(path: str, split: str, splits) -> None:
+def check_split(path: str, split: str, splits: Container[str]) -> None:
     if split not in splits:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")

@@ -55,7 +55,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         log: Path | None = None,
         encoder: Encoder | None = None,
         batch_size: int = 1,
-    ):
+    ) -> None:
         if not arguments.datasets:
             raise ValueError("datasets is empty; list at least one data set with its path in the YAML file")
         self.arguments, self.seed, self.rank, self.world_size, self.log = arguments, seed, rank, world_size, log
@@ -182,7 +182,7 @@ class Held:
 class Reader:
     """What one reader yields, from a state on."""
 
-    def __init__(self, stream: TrainingStream, worker: int, reader: int, readers: int, state: dict):
+    def __init__(self, stream: TrainingStream, worker: int, reader: int, readers: int, state: dict) -> None:
         self.stream, self.worker, self.reader, self.readers = stream, worker, reader, readers
         self.first, self.division = state["first"], state["division"]
         self.passes = [stream.passes(index, reader, readers, state) for index in range(len(stream.rows))]

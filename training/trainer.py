@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +18,16 @@ from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from depthvlm.files import open_whole
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
+from .arguments import DepthSFTConfig
 from .checkpoints import (
     EXAMPLE_DEPTH,
     FROZEN,
@@ -37,7 +39,7 @@ from .checkpoints import (
     save_without_weights,
 )
 from .held_out import FilledUp, collate_filled_up
-from .loss import add_depth_loss
+from .loss import DepthTrainingOutput, add_depth_loss
 from .stream import TrainingStream
 
 logger = logging.get_logger(__name__)
@@ -64,7 +66,7 @@ class DepthSFTTrainer(SFTTrainer):
         train_dataset: TrainingStream,
         rows: dict[str, int] | None = None,
         **kwargs,
-    ):
+    ) -> None:
         """rows: number of rows of each data set of the mix, by its label, for the log's `epochs/NAME`."""
         if any(parameter.requires_grad for parameter in model.depth_head.parameters()):
             model.depth_head.float()  # whatever the base is in
@@ -149,7 +151,9 @@ class DepthSFTTrainer(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict], num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | None]:
         start = time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.counts["data_wait"] += time.perf_counter() - start
@@ -169,7 +173,7 @@ class DepthSFTTrainer(SFTTrainer):
         self.judge_refused_rows(zip(rows[::2], rows[1::2], strict=True))
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def judge_refused_rows(self, rows) -> None:
+    def judge_refused_rows(self, rows: Iterable[tuple[float, float]]) -> None:
         """rows: (read, refused) of each data set, on all ranks. Raises ValueError past `max_bad_share`."""
         self.refused_rows = dict(zip(self.set_names["train"], rows, strict=True))
         read, refused = (sum(column) for column in zip(*self.refused_rows.values(), strict=True))
@@ -181,7 +185,13 @@ class DepthSFTTrainer(SFTTrainer):
                 f"the data, listed in {self.train_dataset.log}, or raise max_bad_share"
             )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, DepthTrainingOutput]:
         mode = "train" if self.model.training else "eval"
         inputs = dict(inputs)
         row_sets, image_sets = inputs.pop("row_sets"), inputs.pop("image_sets")
@@ -228,7 +238,7 @@ class DepthSFTTrainer(SFTTrainer):
         column = SUMS.index(first)
         self.sums[mode][:, column : column + values.shape[1]].index_add_(0, sets, values.double() / count)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "eval" or self.updates:
             prefix = "eval_" if mode == "eval" else ""
@@ -284,7 +294,7 @@ class DepthSFTTrainer(SFTTrainer):
             },
         }
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         self.clock += time.perf_counter() - start  # no time of training
@@ -292,8 +302,8 @@ class DepthSFTTrainer(SFTTrainer):
 
     # Resuming
 
-    def position_file(self, checkpoint) -> Path:
-        return Path(checkpoint) / f"data_position_{self.args.process_index}.json"
+    def position_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data_position_{self.args.process_index}.json"
 
     def sizes(self) -> dict:
         """What must stay the same for the data to go on from a position."""
@@ -308,7 +318,12 @@ class DepthSFTTrainer(SFTTrainer):
 
     # Saving
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
         if self.is_world_process_zero():
             self.save_card(self.args.output_dir)
 
@@ -327,7 +342,7 @@ class DepthSFTTrainer(SFTTrainer):
         """Whether checkpoints hold what `save_shards` writes; adapters are saved by accelerate."""
         return self.in_shards and not isinstance(self.model, PeftModel)
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.in_shards and self.args.should_save:  # Trainer would write nothing
             save_without_weights(self.model, self.processing_class, output_dir or self.args.output_dir)
             self.save_card(output_dir or self.args.output_dir)
@@ -394,7 +409,7 @@ class DepthSFTTrainer(SFTTrainer):
                 json.dump(self.layout() | self.sizes() | position, opened)
         self.clock += time.perf_counter() - start
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> TrainOutput | None:
         if resume_from_checkpoint:
             self.resume_data(resume_from_checkpoint)
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
@@ -431,9 +446,9 @@ class DepthSFTTrainer(SFTTrainer):
 class EpochCallback(TrainerCallback):
     """Counts epochs by rows; to Trainer, a stream's epoch is the whole run."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int) -> None:
         """rows: of all data sets together."""
         self.rows = rows
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: DepthSFTConfig, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         state.epoch = state.global_step * args.samples_per_step / self.rows
