@@ -1,11 +1,12 @@
 """The order in which rows come: shuffled, divided among readers, batched by length, resumed without reading again.
 
-Every DataLoader worker of every rank is a *reader*. It draws from all data sets in fixed proportions, from each in
-passes over its blocks (`rows.py`). A pass takes the blocks in a new order, the same for all readers, and deals them out
-in turn, going on where the pass before ended: a reader gets other blocks each time, and all readers equally many. Where
-blocks are fewer than readers, those that have the same one at the same time read all of it, each from another row on.
-Rows are shuffled within a block, or within as many of the reader's blocks of a pass as hold `shuffle_buffer` rows. The
-order follows from the seed and the number of readers alone, so that it can be taken up at any row.
+Every DataLoader worker of every rank is a *reader*. A reader draws from all data sets in fixed proportions, and from
+each data set in passes over its blocks (`rows.py`). Each pass takes the blocks in a new order, the same for all
+readers, and deals them out in turn, beginning with the reader whose turn it was at the end of the previous pass: a
+reader gets different blocks in each pass, and all readers get equally many. If a data set has fewer blocks than there
+are readers, the readers that share a block read all of it, each beginning at a different row. Rows are shuffled within
+a block, or within as many of the reader's blocks of a pass as hold `shuffle_buffer` rows. The order depends on the seed
+and on the number of readers alone, so that reading can resume at any row.
 """
 
 import bisect
@@ -27,11 +28,11 @@ from .rows import Rows
 
 logger = logging.get_logger(__name__)
 
-# Batches of like length are chosen from a pool of opened rows
-POOL_BATCHES = 16  # batches that it holds
-PASS_FRACTION = 8  # it holds at most an eighth of a pass over all data sets, so that no row is in it twice
-GOOD_PADDING = 0.05  # share of padding up to which one batch is as good as another
-PATIENCE = 16  # pools, or half a pass, that a row waits at most for others of its length
+# Batches of similar length are chosen from a pool of opened rows
+POOL_BATCHES = 16  # size of the pool, in batches
+PASS_FRACTION = 8  # the pool is at most an eighth of a pass over all data sets, so that no row is in it twice
+GOOD_PADDING = 0.05  # share of padding up to which all batches are equally good
+PATIENCE = 16  # longest wait of a row for others of its length: this many pools, or half a pass
 REFUSED_AT_MOST = 100  # rows beyond those opened ahead, without a single one that can be used, before a reader gives up
 
 
@@ -40,7 +41,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
     The endless mix of a rank, split over its DataLoader workers, that goes on from any sample.
 
     encoder: makes the model's inputs; without one, samples are as `load_sample` returns them. batch_size: of the
-    DataLoader, each of whose batches has rows with like numbers of tokens; that needs an encoder. log: where rows that
+    DataLoader; rows of similar numbers of tokens are batched together, which needs an encoder. log: where rows that
     cannot be used are listed; they are passed over and counted. A reader that finds none to use raises ValueError.
 
     Every sample also holds `set`, the index of its data set, and `position`: (worker, where it stands), for `resume`.
