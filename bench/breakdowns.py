@@ -14,6 +14,7 @@ import pandas
 import pyarrow.parquet
 
 from . import figures, intervals, metrics, scoring
+from .geometry import change_grid
 from .paper import MEASURED
 from .results import Group, Results, Scored, score_of
 from .tables import Row, Score, Table, markdown_text
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 DEPTH_EDGES = (0, 1, 2, 3, 5, 10, 20, 40, 80, np.inf)  # metres
 RANGES = [f"{low}–{high}" if np.isfinite(high) else f"> {low}" for low, high in pairwise(DEPTH_EDGES)]
 WORST = 12  # images of a contact sheet
+SPARSE = 0.2  # share of pixels with ground truth up to which an error map is drawn as dots
+DOTS = 500
 NO_ANSWER = "Points without an answer are wrong for δ1, whatever the protocol."
 
 
@@ -263,7 +266,7 @@ def point_errors(run: Results, row: dict) -> dict:
 
 
 def map_errors(run: Results, row: dict) -> dict:
-    """`errors` and `caption` of an image, from its saved map."""
+    """`errors`, or `points` where few pixels have ground truth, and `caption` of an image, from its saved map."""
     file = pyarrow.parquet.ParquetFile(run.folder / "maps" / f"{row['source']}.parquet")
     place = file.read(["id"])["id"].to_pylist().index(row["id"])  # a row group each
     (stored,) = file.read_row_group(place).to_pylist()
@@ -271,7 +274,13 @@ def map_errors(run: Results, row: dict) -> dict:
     answered = metrics.is_answer(prediction[depth > 0])
     right = metrics.is_right(prediction[depth > 0][answered], depth[depth > 0][answered])
     caption = f"δ1 {right.sum() / len(answered):.3f} of {len(answered)} pixels"
-    return {"errors": log_errors(prediction, depth), "labelled": depth > 0, "caption": captioned(row, caption)}
+    errors, labelled, shown = log_errors(prediction, depth), depth > 0, {"caption": captioned(row, caption)}
+    if labelled.mean() > SPARSE:
+        return shown | {"errors": errors, "labelled": labelled}
+    v, u = np.nonzero(labelled)  # lidar: single pixels would not be seen
+    chosen = np.linspace(0, len(u) - 1, min(len(u), DOTS)).astype(int)
+    u, v = u[chosen], v[chosen]
+    return shown | {"points": (*change_grid(u, v, depth.shape[::-1], row["size"]), errors[v, u])}
 
 
 def log_errors(prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:

@@ -681,7 +681,7 @@ def test_page_is_one_file_that_runs_its_own_script_alone(tmp_path):
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
 def test_latex_tables_compile(tmp_path):
     out = hostile_report(tmp_path)
-    document = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    document = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}\begin{document}"
     (out / "all.tex").write_text(document + r"\input{tables.tex}\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, errors="replace")
