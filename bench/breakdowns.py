@@ -206,18 +206,11 @@ def camera_tables(group: Group, rows: dict[str, datasets.Dataset], records: list
 
 def evaluated_rows(group: Group, data: str) -> dict[str, datasets.Dataset]:
     """The rows that a group scored, by source. Raises ValueError where `data` holds others."""
-    from .rows import contents_of, open_sources  # here: it imports transformers, which takes seconds
+    from .rows import open_evaluated  # here: it imports transformers, which takes seconds
 
-    opened = open_sources(data, list(group.scored))
-    contents = contents_of(data, opened, group.runs[0].summary["protocol"]["as_released"])
-    for source, scored in group.scored.items():
-        evaluated, given = scored.data()["hash"], contents[source].hash
-        if evaluated != given:
-            raise ValueError(
-                f"{scored.runs[0].folder} was evaluated on other rows of {source} (hash {evaluated[:12]}) than {data} "
-                f"holds ({given[:12]}); pass --data with the former"
-            )
-    return opened
+    hashes = {source: scored.data()["hash"] for source, scored in group.scored.items()}
+    as_released = group.runs[0].summary["protocol"]["as_released"]
+    return open_evaluated(data, hashes, as_released, group.runs[0].folder)
 
 
 def worst_images(group: Group, out: Path, rows: dict[str, datasets.Dataset]) -> list[str]:
