@@ -27,12 +27,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C ends the imports, which take seconds, without a traceback
+if __name__ == "__main__":  # Ctrl-C ends the imports, which take seconds, without a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # torch and what imports it come in `main`: the writing processes, which import this file, need none of it
-from depthvlm import outputs, videos  # noqa: E402
-from depthvlm.files import check_free  # noqa: E402
+from depthvlm.predictions import outputs, videos  # noqa: E402
+from depthvlm.predictions.files import check_free  # noqa: E402
 
 PHOTO_FILES = ["png", "color", "ply"]
 VIDEO_FILES = ["png", "color"]
@@ -492,8 +492,14 @@ def frames(photo: str, stem: Path, focal: object, run: Run) -> Iterator[Shot]:
         report_failure(photo, error, run)
 
 
-def ignore_interrupts():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+def start_writers() -> ProcessPoolExecutor:
+    """Processes that finish the file they are at when Ctrl-C, which reaches all processes, ends the first one."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit
+    writers = ProcessPoolExecutor(WRITERS, get_context("spawn"))
+    for _ in range(WRITERS):
+        writers.submit(int)  # starts one
+    signal.signal(signal.SIGINT, interrupt)
+    return writers
 
 
 def print_records(records: Iterable[dict], run: Run, progress) -> list[dict]:
@@ -521,7 +527,7 @@ def run_all(run: Run, sources: list[tuple[str, Path]], focal_lengths: list) -> N
     shots = [Shot(photo, photo, stem, formats, focal) for photo, stem, focal in given if not is_video(photo)]
     progress = tqdm(unit="photo", total=None if films else len(shots), disable=len(sources) < 2 and not films)
     readers, decoder = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
-    writers = ProcessPoolExecutor(WRITERS, get_context("spawn"), ignore_interrupts)
+    writers = start_writers()
     try:
         print_records(predict_all(batched(shots, args.batch_size), run, readers, writers), run, progress)
         for photo, stem, focal in films:

@@ -38,7 +38,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from web import engine as engines  # noqa: E402
-from web import page as pages  # noqa: E402
+from web import views  # noqa: E402
 from web.visits import Visits  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,7 @@ def test_rescaled_metres_grow_with_the_focal_length_and_x_and_y_stay(engine):
 
 def test_the_map_that_a_browser_is_sent_is_exact_to_a_fiftieth_of_a_percent(engine):
     result, _ = see(engine, Image.open(ROOT / "samples" / "street.jpg").resize((1600, 1200)), focal_length=1130.0)
-    sent = json.loads(pages.payload(engine, result))
+    sent = json.loads(views.payload(engine, result))
     assert sent["width"] * sent["height"] <= engines.VIEW_PIXELS and sent["width"] > 1100
     stored = np.frombuffer(zlib.decompress(base64.b64decode(sent["depth"])), "<u2").reshape(sent["height"], -1)
     np.testing.assert_allclose(

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from depthvlm import outputs
 from depthvlm.handler import MAX_NEW_TOKENS, describe_camera, encode_inputs
+from depthvlm.predictions import outputs
 
 VIEW_PIXELS = 1_000_000  # of the map that a browser is sent
 POINTS = 100_000  # of a cloud
