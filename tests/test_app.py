@@ -329,6 +329,16 @@ def test_the_api_has_names_and_gives_what_the_command_line_gives(address, tmp_pa
     assert -mesh.bounds[0, 2] == pytest.approx(record["depth"]["max"], rel=0.02)
 
 
+def test_the_readmes_call(address, tmp_path, monkeypatch):
+    call = re.search(r"Client\(address\)\.predict\(.*\)", (ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOM, "photo.jpg")
+    quiet = functools.partial(Client, verbose=False, download_files=str(tmp_path / "client"))
+    depth, answer, camera, cloud = eval(call, {"Client": quiet, "handle_file": handle_file, "address": address})
+    assert Image.open(depth).size == (640, 480) and isinstance(answer, str) and cloud.endswith(".glb")
+    assert (camera["fx"], camera["focal_length_source"]) == (1430.0, "given")
+
+
 def test_ten_visitors_at_once_are_each_answered_about_their_own_photo(address, tmp_path):
     photos = [smooth_photo(tmp_path / f"{n}.png", (100 + 8 * n, 90), n) for n in range(10)]
     assert (

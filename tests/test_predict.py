@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+import convert_checkpoint
 import predict as script
 from bench import contestants
 from bench.contestants.depth_pro import DepthPro
@@ -378,6 +380,24 @@ def test_an_interrupt_ends_quietly_at_any_time(tmp_path, seconds):
             Image.open(path).load()
 
 
+def test_the_readmes_commands(run, clip, tmp_path):
+    """From weights in another form, here the checkpoint's plain view, to files."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("**With photos**")[1].split("**With weights**")[0]
+    convert, predict = (line.split("python ")[1] for line in section.splitlines() if line.startswith("    python "))
+    convert_checkpoint.convert(ROOT, tmp_path / "released", to_qwen3_vl=True)
+    name, *arguments = shlex.split(convert.replace("JonnyYu828/DepthVLM-4B", "released"))
+    assert name == "convert_checkpoint.py" and convert_checkpoint.main(arguments) == 0
+    name, *arguments = shlex.split(predict)
+    (tmp_path / "folder").mkdir()
+    save_photo(tmp_path / "photo.jpg")
+    save_photo(tmp_path / "folder" / "other.jpg")
+    clip[0].rename("video.mp4")
+    done = run(*arguments)
+    assert name == "predict.py" and done.returncode == 0 and "answer: " in done.stdout, done.stderr
+    names = {str(name) for name in listing(tmp_path / "out")}
+    assert {"photo_depth.png", "other_color.png", "other.ply", "video_color.mp4"} < names
+
+
 # Which photos
 
 
@@ -458,8 +478,9 @@ def test_urls(run, tmp_path):
     written, failed = sorted(records(done.stdout), key=lambda record: "error" in record)
     assert written["files"] == ["output/a_photo.json"] and "404" in failed["error"]
     assert set(listing(tmp_path / "output")) == {Path("a_photo.json")}
-    stems = script.find_sources(script.parse_args(["http://x/y/..%2F..%2F.bashrc", "http://x/", "http://x/a%2Fb.png"]))
-    assert [str(stem) for _, stem in stems[0]] == ["output/bashrc", "output/photo", "output/b"]
+    urls = ["http://x/y/..%2F..%2F.bashrc", "http://x/", "http://x/a%2Fb.png"]
+    sources, _ = script.find_sources(urls, Path("output"), recursive=False)
+    assert [str(stem) for _, stem in sources] == ["output/bashrc", "output/photo", "output/b"]
 
 
 def test_heic(run, tmp_path):
