@@ -232,7 +232,7 @@ class Actions:
             raise gr.Error("Choose a video first.")
         ((name, path),) = files
         self.visits.claim(visit, *visit.files, path)
-        maps, times, focal_length = [], [], focal_length or None  # an empty box is 0
+        maps, times, focal_length = [], [], focal_length or None
         with tempfile.TemporaryDirectory(dir=self.visits.folder) as folder:
             try:
                 for seconds, frame in videos.read_frames(path, fps, self.max_megapixels):
@@ -258,9 +258,7 @@ class Actions:
                 Download("frames.zip", "application/zip", lambda: archive),
             ],
         )
-        player = (
-            f'<video controls loop muted width="100%" src="{offered["depth.mp4"]}" aria-label="Depth video"></video>'
-        )
+        player = f'<video controls loop muted src="{offered["depth.mp4"]}" aria-label="Depth video"></video>'
         more = "" if len(maps) < MAX_FRAMES else f"; the rest is past the {MAX_FRAMES} that this page takes"
         yield f"{len(maps)} frames, {times[-1]:.1f} s{more}", player, links(offered)
 

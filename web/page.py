@@ -100,13 +100,6 @@ class Page:
             with gr.Column(scale=1, min_width=300):
                 chat = gr.Chatbot(label="Answers", height=260, elem_id="chat", buttons=["copy"])
                 gr.Examples([list(sample) for sample in self.samples], [photo, question], elem_id="examples")
-                with gr.Accordion("Camera", open=False, elem_id="camera"):
-                    camera = gr.Markdown(elem_id="camera-text")
-                    focal = gr.Number(label="Correct it", minimum=0, elem_id="focal")
-                    unit = gr.Dropdown(UNITS, value=UNITS[0], label="Unit", elem_id="unit")
-                    rescale = gr.Button("Rescale metres", size="sm", elem_id="rescale")
-                    again = gr.Button("Run again with it", size="sm", elem_id="again")
-                    gr.Markdown("Rescaling is immediate. A new run also shows the photo to the model at another size.")
                 detail = gr.Slider(
                     4,
                     self.actions.max_tokens,
@@ -116,6 +109,15 @@ class Page:
                     elem_id="detail",
                 )
             with gr.Column(scale=2, min_width=300):
+                with gr.Accordion("Camera", open=False, elem_id="camera"):
+                    camera = gr.Markdown(elem_id="camera-text")
+                    with gr.Row():
+                        focal = gr.Number(label="Focal length", minimum=0, elem_id="focal")
+                        unit = gr.Dropdown(UNITS, value=UNITS[0], label="Unit", elem_id="unit")
+                    with gr.Row():
+                        rescale = gr.Button("Rescale metres", elem_id="rescale")
+                        again = gr.Button("Run again with it", elem_id="again")
+                    gr.Markdown("Rescaling is immediate. A new run also shows the photo to the model at another size.")
                 cloud = gr.Model3D(
                     label="Cloud, without what is very far",
                     height=380,
@@ -148,10 +150,10 @@ class Page:
         file = file_input(label="Video", file_types=["video"], elem_id="video")
         with gr.Row():
             fps = gr.Slider(0.5, 10, value=2, step=0.5, label="Frames per second")
-            focal = gr.Number(label="Focal length (px), if it is known", minimum=0)
+            focal = gr.Number(label="Focal length (px), 0 where it is not known", value=0, minimum=0)
         start = gr.Button("Measure frames", variant="primary", elem_id="video-start")
         status = gr.Markdown(elem_id="video-status")
-        player = gr.HTML(elem_id="player")
+        player = gr.HTML(css_template="video { max-width: 100%; max-height: 70vh }", elem_id="player")
         archive = gr.HTML(css_template=LINKS_STYLE, elem_id="frames")
         gr.Markdown(f"Each frame is measured for itself; the first {MAX_FRAMES} are taken.")
         start.click(self.actions.see_video, [file, fps, focal], [status, player, archive], **MODEL, **PRIVATE)
