@@ -108,12 +108,12 @@ class Actions:
         visit.made_with = (path, tokens)
         self.visits.claim(visit, path)
         chat = [] if question is None else [{"role": "user", "content": question}]
-        for words in self.run(self.engine.see(result, question is not None)):
-            if words is None:
+        for text in self.run(self.engine.see(result, question is not None)):
+            if text is None:
                 visit.result = result
                 yield (*self.shown(visit), chat, "" if question else gr.skip())
             else:
-                yield (*[gr.skip()] * 4, [*chat, {"role": "assistant", "content": words}], gr.skip())
+                yield (*[gr.skip()] * 4, [*chat, {"role": "assistant", "content": text}], gr.skip())
 
     def shown(self, visit: Visit) -> tuple:
         """Viewer, status, camera's text and its number, of a visit's result."""
@@ -184,8 +184,8 @@ class Actions:
             raise gr.Error("Choose a photo first; a question that stands here by then is answered with it.")
         chat = [*(chat or []), {"role": "user", "content": question}]
         yield chat, ""
-        for words in self.run(self.engine.ask(visit.result, question)):
-            yield [*chat, {"role": "assistant", "content": words}], gr.skip()
+        for text in self.run(self.engine.ask(visit.result, question)):
+            yield [*chat, {"role": "assistant", "content": text}], gr.skip()
 
     # Several
 

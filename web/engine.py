@@ -140,10 +140,10 @@ class Engine:
         conversation = self.conversations.pop(result, None)
         if conversation is None:  # others came since: begin anew
             result.inputs, seen = self._begin_anew(result.inputs, question), result.prediction
-            for words in self.see(result, True):
+            for text in self.see(result, True):
                 result.prediction = seen  # it may have been rescaled
-                if words is not None:
-                    yield words
+                if text is not None:
+                    yield text
             return
         inputs = self._follow_up(conversation, question)
         for kind, value in self._generate(dict(inputs), MAX_NEW_TOKENS):
