@@ -37,7 +37,8 @@ def delta1_of(processor, model, samples, text=None) -> float:
     for start in range(0, len(samples), 8):
         some = samples[start : start + 8]
         photos, focal = [Image.fromarray(s.image) for s in some], [s.intrinsics[0] for s in some]
-        inputs = processor(images=photos, text=text and [text] * 8, focal_lengths=focal, return_tensors="pt")
+        texts = [text or processor.depth_text()] * len(some)
+        inputs = processor(images=photos, text=texts, focal_lengths=focal, padding=True, return_tensors="pt")
         with torch.no_grad():
             outputs = model(**inputs, logits_to_keep=1)
         for sample, found in zip(some, processor.post_process_depth_estimation(outputs), strict=True):
