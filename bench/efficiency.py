@@ -481,7 +481,7 @@ def prediction_overhead(photos: int = 64, seconds: float = 0.1, size: tuple[int,
         for index in range(count):
             Image.fromarray(np.roll(pixels, index, axis=1)).save(folder / f"{index:04d}.jpg", quality=92)
         args = predict.parse_args([str(folder), "--output", str(folder / "output")])
-        sources, _ = predict.find_sources(args)
+        sources, _ = predict.find_sources(args.photos, args.output, args.recursive)
         before, start = cpu_seconds(), time.perf_counter()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             everything = predict.Run(args, WaitingModel(seconds), processor, None, {})
