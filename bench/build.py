@@ -451,6 +451,6 @@ def _read_records(tasks: Iterator[tuple[Path, list]], build: dict) -> Iterator[t
             missing.append(path.name)
     if missing:
         raise ValueError(
-            f"{len(missing)} shards of {path.parent} are not finished, the first is {missing[0]}; build them with "
-            "--shard-range, or leave --finish out"
+            f"{path.parent} lacks {missing[0]}, the first of {len(missing)} shards; build them with --shard-range, or "
+            "leave --finish out"
         )
