@@ -141,12 +141,16 @@ def run_serve(args) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m cluster", description="DepthVLM past one machine; see docs/scale.md")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_predict, add_serve):
         add(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = command_line().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -260,7 +260,11 @@ def run(plan: Plan, shards: list[int], reports: Iterator[dict]) -> None:
 
 
 def summarise(plan: Plan) -> dict:
-    """Count rows and statuses of a finished plan; writes OUT/summary.json. Raises `ValueError` if rows are missing."""
+    """
+    Count rows and statuses of a finished plan, write OUT/summary.json, and remove what killed processes left.
+
+    Raises `ValueError` if rows are missing.
+    """
 
     def count(shard: int) -> tuple[int, list[dict]]:
         table = pq.read_table(plan.path(shard), columns=["id", "status", "reason"])
@@ -274,4 +278,6 @@ def summarise(plan: Plan) -> dict:
     failed = [{"id": row["id"], "reason": row["reason"]} for _, rows in counted for row in rows]
     summary = {"photos": plan.photos, "failed": len(failed), "shards": plan.shards, "first_failed": failed[:NAMED]}
     write_json(plan.out / "summary.json", summary)
+    for unfinished in (plan.out / "shards").glob(".part-*.tmp"):
+        unfinished.unlink()
     return summary

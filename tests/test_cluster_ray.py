@@ -177,8 +177,8 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
     victim.kill()
     at_kill = finished()
     rays.wait_for(lambda: finished() >= at_kill + 4, "work after an actor's death")
-    workers = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
-    raylet = rays.wait_for(lambda: next((p for _, p in actors() if p in workers), None), "a model on a worker node")
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    raylet = rays.wait_for(lambda: next((p for _, p in actors() if p in raylets), None), "a model on a worker node")
     os.kill(raylet, signal.SIGKILL)
     at_kill = finished()
     rays.wait_for(lambda: finished() >= at_kill + 4, "work after a raylet's death")
@@ -194,4 +194,4 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
     assert len(rows) == PHOTOS and {row["id"]: row["status"] == "ok" for row in rows} == expected
     assert all((row["depth"] is not None) == (row["reason"] is None) == expected[row["id"]] for row in rows)
     assert f"{PHOTOS} photos in 40 shards" in printed and "images/s" in printed
-    cluster.remove_node(workers[raylet], allow_graceful=False)
+    cluster.remove_node(raylets[raylet], allow_graceful=False)

@@ -25,7 +25,6 @@ from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 pytest.importorskip("ray", reason="Ray is missing: pip install -e '.[ray]'")
 openai = pytest.importorskip("openai", reason="openai is missing: pip install -e '.[ray]'")
-pytestmark = pytest.mark.slow
 FOCAL = 200.0
 CLIENTS, REQUESTS = 16, 20
 MAX_REQUESTS = 16
@@ -201,13 +200,14 @@ def test_depth_alone_as_npz(service, model):
         np.testing.assert_allclose(file["depth"], expected, rtol=2e-3)
 
 
-def test_distinct_photos_of_many_clients_are_not_mixed_up(service, model):
+@pytest.mark.parametrize("requests", [2, pytest.param(REQUESTS, marks=pytest.mark.slow)])
+def test_distinct_photos_of_many_clients_are_not_mixed_up(service, model, requests):
     """Each client waits for its answer before its next request."""
 
     def ask(client: int) -> list:
         replies = []
-        for number in range(REQUESTS):
-            options = {"messages": conversation(client * REQUESTS + number), "max_tokens": 4}
+        for number in range(requests):
+            options = {"messages": conversation(client * requests + number), "max_tokens": 4}
             extra = {"depth": "png", "focal_lengths": FOCAL}
             reply = service.client.chat.completions.create(model="depthvlm", **options, extra_body=extra)
             replies.append((reply.choices[0].message.content, decode(reply.depth[0])))
@@ -216,16 +216,16 @@ def test_distinct_photos_of_many_clients_are_not_mixed_up(service, model):
     before = len(service.waves())
     with ThreadPoolExecutor(CLIENTS) as pool:
         replies = [reply for replies in pool.map(ask, range(CLIENTS)) for reply in replies]
-    expected = [alone(model, seed, 4) for seed in range(CLIENTS * REQUESTS)]
+    expected = [alone(model, seed, 4) for seed in range(CLIENTS * requests)]
     assert [answer for answer, _ in replies] == [answer for answer, _ in expected]
     for (_, depth), (_, metres) in zip(replies, expected, strict=True):
         np.testing.assert_allclose(depth, metres, rtol=1e-3, atol=6e-4)
     others = [metres for _, metres in expected[3::3]]  # of the first one's size
     assert not any(np.allclose(other, expected[0][1], rtol=1e-3, atol=6e-4) for other in others)
     waves = service.waves()[before:]
-    assert sum(wave["requests"] for wave in waves) == CLIENTS * REQUESTS
+    assert sum(wave["requests"] for wave in waves) == CLIENTS * requests
     assert max(wave["requests"] for wave in waves) > 1
-    rays.wait_for(lambda: service.metric("depthvlm_wave_requests_total") >= CLIENTS * REQUESTS, "metrics", 60)
+    rays.wait_for(lambda: service.metric("depthvlm_wave_requests_total") >= CLIENTS * requests, "metrics", 60)
     assert 0 < service.metric("depthvlm_waves_total") < service.metric("depthvlm_wave_requests_total")
 
 
