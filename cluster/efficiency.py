@@ -32,7 +32,7 @@ QUESTION = "How far is the nearest thing from the camera, in meters?"
 
 
 def photo(seed: int, width: int, height: int, noise: float = 0.0) -> bytes:
-    """A JPEG of smooth blobs. noise: standard deviation, of 255, of what is added; with 4 a file has a camera's size."""
+    """A JPEG of smooth blobs. noise: its standard deviation, of 255; with 4 files have a camera's size."""
     generator = np.random.default_rng(seed)
     pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
     pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

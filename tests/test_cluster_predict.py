@@ -204,6 +204,16 @@ def test_other_photos_under_the_same_plan_are_refused(tmp_path, capsys):
     assert "listing" in capsys.readouterr().err
 
 
+def test_other_versions_are_refused(tmp_path, monkeypatch, capsys):
+    photos = write_folder(tmp_path / "photos", count=1)
+    predict(photos, tmp_path / "out")
+    monkeypatch.setattr(plan, "version", lambda name: "0.1")
+    assert predict(photos, tmp_path / "out") == 2
+    assert "now {'torch': '0.1'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="install the same versions on all nodes"):
+        plan.open_plan(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -160,7 +160,7 @@ def workers(title):
 def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(environment, cluster, tmp_path):
     (tmp_path / "photos").mkdir()
     command = predict(write_photos(tmp_path / "photos", PHOTOS), 50)
-    rays.run(environment, *command, "--out", tmp_path / "plain")
+    rays.run(environment, *command, "--out", tmp_path / "plain", seconds=4 * rays.PATIENCE)
     plain, out = digests(tmp_path / "plain"), tmp_path / "out"
     on_ray = [*command, "--out", out, "--ray", cluster.address, "--actors", 2, "--readers", 2]
 
@@ -186,7 +186,7 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
     driver.wait()
     rays.wait_for(lambda: not actors(), "the end of the driver's actors")
     assert 11 <= finished() < 40, "all was done before the driver was killed"
-    printed = rays.run(environment, *on_ray)
+    printed = rays.run(environment, *on_ray, seconds=4 * rays.PATIENCE)
 
     assert digests(out) == plain
     rows = pq.read_table(out / "shards").to_pylist()

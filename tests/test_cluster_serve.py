@@ -187,6 +187,15 @@ def test_the_openai_client_streams_an_answer_and_reads_the_depth(service, model)
     assert len({whole.id, chunks[0].id}) == 2 and len({chunk.id for chunk in chunks}) == 1
 
 
+def test_the_readmes_client_runs(service, monkeypatch):
+    (code,) = re.findall(r"```py\n(.*?)```", (rays.ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(rays.ROOT)
+    names = {}
+    exec(code.replace(":8000/", f":{service.port}/"), names)
+    assert names["depth"].shape == Image.open("samples/room.jpg").size[::-1] and names["depth"].min() > 0
+    assert names["camera"]["fx"] == 250.0 and names["reply"].usage.completion_tokens == 32 and names["answer"]
+
+
 def test_depth_alone_as_npz(service, model):
     status, headers, text = service.post("/v1/depth", {"image": data_url(photo(1)), "depth": "npz"})
     reply = json.loads(text)
