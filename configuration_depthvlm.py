@@ -36,7 +36,7 @@ PIPELINES = {
 }
 
 
-def warn_of_untested_transformers():
+def warn_of_untested_transformers() -> None:
     """One warning per process, however many of the repository's files are imported."""
     oldest, newest = TESTED_TRANSFORMERS
     minor = Version(transformers.__version__).release[:2]
@@ -93,7 +93,7 @@ class DepthVLMConfig(Qwen3VLConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()  # called here: `@strict` would not raise a ValueError
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuse depth fields that the head cannot be built from; Qwen3-VL's own fields are Qwen3-VL's matter."""
         super().validate_architecture()
         if self.depth_head_type not in HEAD_TYPES:

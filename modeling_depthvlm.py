@@ -7,6 +7,7 @@ pixel of the processed image. The text path is Qwen3-VL's, bit for bit.
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers import Cache, GenerationConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
@@ -118,7 +119,9 @@ class DepthVLMModel(Qwen3VLModel):
     config: DepthVLMConfig
 
     @can_return_tuple
-    def get_image_features(self, pixel_values, image_grid_thw=None, **kwargs):
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, image_grid_thw: torch.LongTensor | None = None, **kwargs
+    ) -> DepthVLMImageFeatures:
         if pixel_values.dtype == torch.uint8:
             raise ValueError("pixel_values are 8-bit patches; pass processor.normalize_patches(pixel_values) instead")
         features = super().get_image_features(pixel_values, image_grid_thw, **kwargs)
@@ -130,16 +133,16 @@ class DepthVLMModel(Qwen3VLModel):
 
     def forward(
         self,
-        input_ids=None,
+        input_ids: torch.LongTensor | None = None,
         *,
-        pixel_values=None,
-        pixel_values_videos=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        mm_encoder_outputs=None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict | None = None,
         seen: DepthVLMSeen | None = None,
         **kwargs,
-    ):
+    ) -> tuple | BaseModelOutputWithPast:
         """As Qwen3-VL's; `seen`, if given, is filled in. The cache goes by upstream's name."""
         if seen is not None and mm_encoder_outputs is None:
             # encoded here and handed over: only transformers 5.24 and later return the features that the LLM reads
@@ -172,7 +175,7 @@ class DepthVLMResidualUnit(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = F.relu(hidden_states)
         return hidden_states + self.conv2(F.relu_(self.conv1(hidden_states)))
 
@@ -187,7 +190,7 @@ class DepthVLMFusion(nn.Module):
             self.resConfUnit1 = DepthVLMResidualUnit(channels)
         self.resConfUnit2 = DepthVLMResidualUnit(channels)
 
-    def forward(self, hidden_states, skip, size):
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None, size: Sequence[int]) -> torch.Tensor:
         if skip is not None:
             hidden_states = hidden_states + self.resConfUnit1(skip)
         hidden_states = self.resConfUnit2(hidden_states)
@@ -198,14 +201,14 @@ class DepthVLMFusion(nn.Module):
 class DepthVLMFloat32Conv(nn.Conv2d):
     """A convolution in float32, whatever the dtype of its weights. A module, so that accelerate's offloading works."""
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self._conv_forward(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
 class DepthVLMFloat32Linear(nn.Linear):
     """A linear layer in float32, as `DepthVLMFloat32Conv`."""
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
 
 
@@ -343,7 +346,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         self.depth_head = HEADS[config.depth_head_type](config)
         self.post_init()
 
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """The head is initialised as PyTorch initialises its layers, the rest as in Qwen3-VL."""
         if module not in set(self.depth_head.modules()):
             super()._init_weights(module)
@@ -351,7 +354,9 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             module.reset_parameters()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args, output_loading_info: bool = False, **kwargs
+    ) -> "DepthVLMForConditionalGeneration | tuple[DepthVLMForConditionalGeneration, dict]":
         """
         As in transformers, with two more checks: only a plain Qwen3-VL gets a newly initialised depth head, and a
         trained one is loaded with the feature source and the canonical focal length that it was trained with.
@@ -503,7 +508,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         copies = len(images.pooler_output) // len(grids)
         at_images = seen.input_ids[::copies] == self.config.image_token_id
 
-        def on_tokens(states):
+        def on_tokens(states: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return states[::copies][at_images.to(states.device)].split(sizes)
 
         if self.config.depth_feature_source == "vit":
@@ -518,14 +523,14 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
 
     def generate(
         self,
-        inputs=None,
-        generation_config=None,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *,
         output_depth: bool | None = None,
         depth_callback: Callable[[DepthVLMOutput], None] | None = None,
         cameras: list[dict] | None = None,
         **kwargs,
-    ):
+    ) -> torch.LongTensor | DepthVLMGenerateOutput | DepthVLMGenerateBeamOutput:
         r"""
         As Qwen3-VL's `generate`. With `return_dict_in_generate=True` the output also holds `predicted_depth`, one map
         per image of the prompt (not per returned sequence), made by the prefill that the answer starts from.
@@ -570,13 +575,13 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
         return output_class(**outputs, predicted_depth=request.predicted_depth or (), cameras=cameras)
 
     @functools.wraps(Qwen3VLForConditionalGeneration.prepare_inputs_for_generation)  # `generate` reads its signature
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         model_inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         request = depth_requests.get().get(id(self))
         is_prefill = request is not None and request.predicted_depth is None
         return model_inputs | {"output_depth": is_prefill, "cameras": request.cameras if is_prefill else None}
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+    def _update_model_kwargs_for_generation(self, outputs: DepthVLMOutput, model_kwargs: dict, *args, **kwargs) -> dict:
         request = depth_requests.get().get(id(self))
         if request is not None and request.predicted_depth is None:
             request.predicted_depth = outputs.predicted_depth
@@ -589,7 +594,7 @@ class DepthVLMForConditionalGeneration(Qwen3VLForConditionalGeneration):
             cache.rope_deltas = positions[1, :, -1:] - positions[0, :, -1:]
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         """As Qwen3-VL's, which would take the `rope_deltas` of the model's last prompt, whosever that was."""
         cache, types = model_kwargs.get(CACHE), model_kwargs.get("mm_token_type_ids")
         deltas = getattr(cache, "rope_deltas", None)
@@ -618,7 +623,9 @@ def silog_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return torch.sqrt(difference.square().mean() - 0.5 * difference.mean().square() + 1e-8)
 
 
-def select_states(states, selection: bool | int | list[int] | None):
+def select_states(
+    states: tuple[torch.Tensor, ...], selection: bool | int | list[int] | None
+) -> tuple[torch.Tensor | None, ...] | None:
     """The hidden states that `output_hidden_states` selects; those not in a list of layers are None."""
     if not selection:
         return None
@@ -633,7 +640,14 @@ def first_of(camera: dict | list[dict]) -> dict:
     return camera[0] if isinstance(camera, list) else camera
 
 
-def check_image_inputs(config, input_ids, pixel_values, image_grid_thw, cameras, output_depth):
+def check_image_inputs(
+    config: DepthVLMConfig,
+    input_ids: torch.Tensor | None,
+    pixel_values: torch.Tensor | None,
+    image_grid_thw: torch.Tensor | None,
+    cameras: list[dict] | None,
+    output_depth: bool,
+) -> None:
     """Raise `ValueError` for image inputs that do not belong together."""
     if pixel_values is None:
         return

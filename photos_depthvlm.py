@@ -9,6 +9,7 @@ import string
 import struct
 from http.client import HTTPException
 from pathlib import Path
+from typing import IO
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -26,8 +27,10 @@ EXIF_IFD, EXIF_FOCAL_LENGTH, EXIF_FOCAL_LENGTH_35MM, EXIF_WIDTH, EXIF_HEIGHT = 0
 EXIF_FOCAL_PLANE_X_RESOLUTION, EXIF_FOCAL_PLANE_UNIT = 41486, 41488
 MILLIMETRES = {2: 25.4, 3: 10.0, 4: 1.0, 5: 0.001}  # a focal plane resolution unit -> mm
 
+Photo = Image.Image | str | Path | bytes | IO[bytes] | dict | np.ndarray | torch.Tensor
 
-def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
+
+def open_photo(image: Photo, name: str) -> tuple[Image.Image, float | None]:
     """
     A photo -> upright RGB image and its EXIF focal length in px at the image's size (`None` without).
 
@@ -75,7 +78,7 @@ def open_photo(image, name: str) -> tuple[Image.Image, float | None]:
         ) from error
 
 
-def open_image_file(file) -> Image.Image:
+def open_image_file(file: Path | IO[bytes]) -> Image.Image:
     """`Image.open` of a path or a binary file, HEIC included where pillow-heif is installed."""
     try:
         return Image.open(file)
@@ -113,7 +116,7 @@ def image_file(source: str | Path) -> Path | bytes:
     return data
 
 
-def from_array(array) -> Image.Image:
+def from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
     """
     `(H, W)`, `(H, W, C)` or `(C, H, W)` of 1, 3 or 4 channels: 8 bits, floats from 0 to 1, or 16 bits in gray.
 

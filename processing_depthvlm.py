@@ -8,18 +8,26 @@ metres * f_c / f_p (metric compensation).
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import BatchFeature, Pipeline, Qwen3VLConfig, Qwen3VLProcessor
+from transformers import (
+    BaseImageProcessor,
+    BatchFeature,
+    Pipeline,
+    PreTrainedTokenizerBase,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+)
 from transformers.processing_utils import ImagesKwargs, TextKwargs, VideosKwargs
+from transformers.utils import ModelOutput
 
 from .configuration_depthvlm import warn_of_untested_transformers
-from .photos_depthvlm import FIELD_OF_VIEW, focal_of_view, open_photo, plausible, view_of_focal
+from .photos_depthvlm import FIELD_OF_VIEW, Photo, focal_of_view, open_photo, plausible, view_of_focal
 
 if TYPE_CHECKING:  # never run: a checkpoint is saved with the files that this one imports from beside itself
     from .handler import EndpointHandler  # noqa: F401
@@ -59,12 +67,12 @@ class DepthVLMProcessor(Qwen3VLProcessor):
     # No video processor in the signature: it would need torchvision, and depth is for images
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        chat_template=None,
-        canonical_focal_length=1000.0,
-        default_fov=60.0,
-        focal_normalization=True,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template: str | None = None,
+        canonical_focal_length: float = 1000.0,
+        default_fov: float = 60.0,
+        focal_normalization: bool = True,
     ):
         if not (is_number(canonical_focal_length) and 0 < canonical_focal_length < math.inf):
             raise ValueError(
@@ -84,10 +92,10 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
     def __call__(
         self,
-        images=None,
+        images: Photo | Sequence | None = None,
         text: str | Sequence[str] | None = None,
-        videos=None,
-        audio=None,
+        videos: None = None,
+        audio: None = None,
         focal_lengths: float | Sequence[float | tuple[float, float] | None] | None = None,
         depth_maps: Sequence | None = None,
         max_pixels: int | None = None,
@@ -192,7 +200,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             ]
         return batch
 
-    def _process_images(self, images, **kwargs):
+    def _process_images(self, images: list[Image.Image], **kwargs) -> tuple[dict, list[str]]:
         if kwargs.get("do_normalize", True):
             return super()._process_images(images, **kwargs)
         patch, merge = self.image_processor.patch_size, self.image_processor.merge_size
@@ -245,7 +253,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             add_generation_prompt=True,
         )
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation: list, *args, **kwargs) -> str | list | BatchFeature:
         """As Qwen3-VL's; of the photos a call takes `processor_kwargs={"focal_lengths": [...]}` and the like."""
         rows = conversation if conversation and isinstance(conversation[0], (list, tuple)) else [conversation]
         contents = [turn["content"] for row in rows for turn in row if isinstance(turn.get("content"), list)]
@@ -260,7 +268,7 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             )
         return super().apply_chat_template(conversation, *args, **kwargs)
 
-    def follow_up(self, outputs, question: str) -> BatchFeature:
+    def follow_up(self, outputs: ModelOutput, question: str) -> BatchFeature:
         """
         The next question about the photos of a conversation, for `generate` to go on from where it stopped: the
         earlier prompt and answer lie in the cache, and no photo is encoded again.
@@ -289,7 +297,9 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         sequence = torch.cat([sequence, ids], dim=1)
         return BatchFeature({"input_ids": sequence, "attention_mask": torch.ones_like(sequence), name: cache})
 
-    def post_process_depth_estimation(self, outputs, target_sizes=None) -> list[dict[str, torch.Tensor]]:
+    def post_process_depth_estimation(
+        self, outputs: ModelOutput, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
         """
         From the network's camera and grid to the photo's: the only place where a map is resized back.
 
@@ -331,7 +341,9 @@ class DepthVLMProcessor(Qwen3VLProcessor):
 
     @staticmethod
     def to_point_cloud(
-        depth, focal_length: float | tuple[float, float], principal_point: tuple[float, float] | None = None
+        depth: torch.Tensor | np.ndarray | Sequence,
+        focal_length: float | tuple[float, float],
+        principal_point: tuple[float, float] | None = None,
     ) -> torch.Tensor:
         """
         depth: `(height, width)`, z-depth in metres. focal_length: px at the map's size, or (fx, fy). principal_point:
@@ -356,11 +368,13 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         return torch.stack([columns * depth / fx, rows[:, None] * depth / fy, depth], dim=-1)
 
     @staticmethod
-    def load_photo(photo) -> Image.Image:
+    def load_photo(photo: Photo) -> Image.Image:
         """The upright RGB photo that depth is laid over, from anything that `images` takes."""
         return open_photo(photo, "photo")[0]
 
-    def _camera(self, size, given, from_exif, index) -> dict:
+    def _camera(
+        self, size: tuple[int, int], given: float | tuple[float, float] | None, from_exif: float | None, index: int
+    ) -> dict:
         width, height = size
         if given is not None:
             focal_length, source = check_focal_length(given, max(size), f"focal_lengths[{index}]"), "given"
@@ -402,7 +416,9 @@ class DepthVLMProcessor(Qwen3VLProcessor):
             sides[longer] = min(sides[longer], budget // (token * token * sides[1 - longer]))
         return sides[0] * token, sides[1] * token
 
-    def _check_placeholders(self, text, num_images, images=None):
+    def _check_placeholders(
+        self, text: str | Sequence[str], num_images: int, images: Photo | Sequence | None = None
+    ) -> None:
         rows = [text] if isinstance(text, str) else text
         counts = [row.count(self.image_token) for row in rows]
         if sum(counts) != num_images:
@@ -418,14 +434,14 @@ class DepthVLMProcessor(Qwen3VLProcessor):
                 )
 
 
-def flatten(images, name):
+def flatten(images: Photo | Sequence, name: str) -> list[tuple[Photo, str]]:
     """(image, its name in messages) of a photo or a nested list of photos."""
     if isinstance(images, (list, tuple)):
         return [pair for index, image in enumerate(images) for pair in flatten(image, f"{name}[{index}]")]
     return [(images, name)]
 
 
-def check_focal_length(focal_length, longer_side: int, name: str) -> float | tuple[float, float]:
+def check_focal_length(focal_length: float | tuple, longer_side: int, name: str) -> float | tuple[float, float]:
     """A focal length in px, or (fx, fy), as floats."""
     if isinstance(focal_length, tuple):
         if len(focal_length) != 2:
@@ -447,11 +463,11 @@ def check_focal_length(focal_length, longer_side: int, name: str) -> float | tup
     return focal_length
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def is_text(text) -> bool:
+def is_text(text: object) -> bool:
     return isinstance(text, str) or (isinstance(text, (list, tuple)) and all(isinstance(row, str) for row in text))
 
 
@@ -473,7 +489,7 @@ def channel_index(patches: torch.Tensor) -> torch.Tensor:
     return patches.unflatten(1, (3, -1)).int() + offsets[:, None]
 
 
-def per_image(values, num_images: int, name: str) -> list:
+def per_image(values: object, num_images: int, name: str) -> list:
     """One value per image, from one for all, a list, an array or None."""
     if not isinstance(values, (list, tuple)) and not getattr(values, "ndim", 0):
         return [values] * num_images
@@ -483,13 +499,13 @@ def per_image(values, num_images: int, name: str) -> list:
     return values
 
 
-def flatten_values(values):
+def flatten_values(values: Sequence) -> Iterator:
     """The values of nested lists; a tuple within a list is a value, (fx, fy)."""
     for value in values:
         yield from flatten_values(value) if isinstance(value, list) else (value,)
 
 
-def to_map(depth, name: str) -> torch.Tensor:
+def to_map(depth: torch.Tensor | np.ndarray | Sequence, name: str) -> torch.Tensor:
     """A `(height, width)` map as a float32 tensor, from an array, a tensor or nested lists."""
     try:
         if isinstance(depth, torch.Tensor):
@@ -503,7 +519,7 @@ def to_map(depth, name: str) -> torch.Tensor:
     return depth
 
 
-def depth_label(depth, camera: dict, name: str) -> torch.Tensor:
+def depth_label(depth: torch.Tensor | np.ndarray | Sequence | None, camera: dict, name: str) -> torch.Tensor:
     """A depth map in metres, or None -> its label on the processed grid, as the canonical camera sees it."""
     height, width = camera["processed_size"]
     if depth is None:
@@ -535,29 +551,38 @@ class DepthVLMPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __call__(self, images, focal_lengths=None, **kwargs):
+    def __call__(
+        self,
+        images: Photo | Sequence,
+        focal_lengths: float | Sequence[float | tuple[float, float] | None] | None = None,
+        **kwargs,
+    ) -> dict | list[dict]:
         if isinstance(images, (list, tuple)) and focal_lengths is not None:
             lengths = per_image(focal_lengths, len(images), "focal_lengths")
             images = [{"photo": photo, "focal_length": length} for photo, length in zip(images, lengths, strict=True)]
             focal_lengths = None
         return super().__call__(images, focal_lengths=focal_lengths, **kwargs)
 
-    def _sanitize_parameters(self, focal_lengths=None, max_pixels=None, **kwargs):
+    def _sanitize_parameters(
+        self, focal_lengths: float | None = None, max_pixels: int | None = None, **kwargs
+    ) -> tuple[dict, dict, dict]:
         if kwargs:
             raise TypeError(f"unknown argument {', '.join(kwargs)}; the pipeline takes focal_lengths and max_pixels")
         given = {"focal_lengths": focal_lengths, "max_pixels": max_pixels}
         # only what is given: a call's None must not undo what the pipeline was made with
         return {name: value for name, value in given.items() if value is not None}, {}, {}
 
-    def preprocess(self, photo, focal_lengths=None, max_pixels=None):
+    def preprocess(
+        self, photo: Photo, focal_lengths: float | None = None, max_pixels: int | None = None
+    ) -> BatchFeature:
         if isinstance(photo, dict) and "photo" in photo:
             photo, focal_lengths = photo["photo"], photo["focal_length"]
         return self.processor(images=[photo], focal_lengths=focal_lengths, max_pixels=max_pixels, return_tensors="pt")
 
-    def _forward(self, model_inputs):
+    def _forward(self, model_inputs: BatchFeature) -> ModelOutput:
         return self.model(**model_inputs, logits_to_keep=1)
 
-    def postprocess(self, model_outputs):
+    def postprocess(self, model_outputs: ModelOutput) -> dict:
         depth = self.processor.post_process_depth_estimation(model_outputs)[0]["predicted_depth"]
         picture = (depth / depth.max() * 255).to(torch.uint8).cpu().numpy()
         return {"predicted_depth": depth, "depth": Image.fromarray(picture)}

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig
 from transformers.initialization import no_init_weights
 from transformers.integrations import is_fsdp_enabled
 from transformers.utils import logging
@@ -47,7 +48,7 @@ def peft_config(model_args: ModelConfig, trains: list[str]) -> PeftConfig | None
     return get_peft_config(model_args)
 
 
-def quantization(model_args: ModelConfig):
+def quantization(model_args: ModelConfig) -> BitsAndBytesConfig | None:
     """4 bits for the language model's linear layers, in which adapters are trained (QLoRA)."""
     if model_args.load_in_8bit:
         raise ValueError("load_in_8bit is not supported; use load_in_4bit")
