@@ -27,7 +27,6 @@ from bench.remote import connected
 
 from . import inputs, plan, predict
 
-LAYERS = 36  # decoder layers of the 4B model
 QUESTION = "How far is the nearest thing from the camera, in meters?"
 
 
@@ -80,21 +79,24 @@ def build_cost(frames: int, size: tuple[int, int], depth_size: tuple[int, int], 
 def photo_cost(grid: tuple[int, int]) -> dict:
     """
     Floating-point operations of one photo of `grid` tokens (rows, columns) through the 4B model with depth, as PyTorch
-    counts them, and what one core of this CPU does. Three and four of the 36 decoder layers are run: all are alike.
+    counts them, and what one core of this CPU does. Of the layers, which are all alike, a few are run.
     """
-    counts, cores = [], []
-    for few in (3, 4):
-        config = config_4b(few)
-        model = random_model(config, torch.bfloat16, "cpu")
-        inputs = random_inputs(config, grid, torch.bfloat16, "cpu")
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            start = time.process_time()
-            model(**inputs, logits_to_keep=1)
-            cores.append(time.process_time() - start)
-        counts.append(counter.get_total_flops())
-    flops = counts[0] + (counts[1] - counts[0]) * (LAYERS - 3)
-    tokens = inputs["input_ids"].shape[1]
-    per_core = sum(counts) / sum(cores)
+    config, whole = config_4b(layers=3, vision_layers=4), config_4b()
+    model = random_model(config, torch.bfloat16, "cpu")
+    inputs = random_inputs(config, grid, torch.bfloat16, "cpu")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        start = time.process_time()
+        model(**inputs, logits_to_keep=1)
+        core_seconds = time.process_time() - start
+    counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    missing = {
+        "language_model.layers.0": whole.text_config.num_hidden_layers - config.text_config.num_hidden_layers,
+        "visual.blocks.0": whole.vision_config.depth - config.vision_config.depth,
+    }
+    flops = counted["Global"] + sum(
+        number * counted[name] for end, number in missing.items() for name in counted if name.endswith(end)
+    )
+    tokens, per_core = inputs["input_ids"].shape[1], counted["Global"] / core_seconds
     report = {"tokens": tokens, "teraflop": flops / 1e12, "core_gigaflop_per_second": per_core / 1e9}
     return report | {"core_tokens_per_second": tokens * per_core / flops}
 
@@ -109,7 +111,10 @@ def steady(reports: Iterator[dict]) -> dict:
 
 
 def ray_overhead(model: str, photos: int, width: int, height: int, shard_size: int, rounds: int) -> dict:
-    """The plain loop against Ray Data with one model and one reader, over the same photos, in turns."""
+    """
+    The plain loop against Ray Data with one model and one reader, over the same photos, in turns; and per photo what
+    reading and preprocessing takes of a core, and the bytes of its row.
+    """
     ways = {"plain loop": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "photos"
@@ -133,9 +138,14 @@ def ray_overhead(model: str, photos: int, width: int, height: int, shard_size: i
                 else:
                     with connected("local"):
                         samples.append(steady(predict.on_ray(begun, shards, actors=1, readers=1)))
+        read, start = predict.Reader(begun), time.process_time()
+        loaded = [read(shard) for shard in shards[:4]]
+        reading = (time.process_time() - start) / sum(len(shard.rows) for shard in loaded)
+        stored = sum(begun.path(shard).stat().st_size for shard in shards) / photos
     speeds = {name: [sample["images_per_second"] for sample in samples] for name, samples in ways.items()}
     ratios = [plain / ray for plain, ray in zip(*speeds.values(), strict=True)]
-    return {"photos": photos, "images_per_second": speeds, "overhead": statistics.median(ratios) - 1}
+    report = {"photos": photos, "images_per_second": speeds, "overhead": statistics.median(ratios) - 1}
+    return report | {"reader_core_seconds_per_photo": reading, "bytes_per_photo": stored}
 
 
 def load(url: str, clients: int, requests: int, make: Callable[[int], tuple[str, dict]]) -> dict:
@@ -188,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     built.add_argument("--frames", type=positive, default=100)
     built.add_argument("--depth-size", type=positive, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     built.add_argument("--valid", type=float, default=1.0, help="share of measured pixels; default: 1")
-    counted = commands.add_parser("photo", help="operations of one photo through the 4B model; 4 GB of memory")
+    counted = commands.add_parser("photo", help="operations of one photo through the 4B model")
     counted.add_argument("--grid", type=positive, nargs=2, default=(29, 39), metavar=("ROWS", "COLUMNS"), help="tokens")
     predicted = commands.add_parser("predict", help="what Ray Data adds to the plain loop, on one machine")
     predicted.add_argument("--model", default=".")

@@ -29,8 +29,10 @@ def ray_environment() -> Iterator[dict[str, str]]:
         yield environment
         wait_for(lambda: not processes_of(folder), f"the end of {processes_of(folder)}", seconds=30)
     finally:
-        for process in processes_of(folder):
+        left = processes_of(folder)
+        for process in left:
             process.kill()
+        psutil.wait_procs(left, timeout=30)
         shutil.rmtree(folder)
 
 
