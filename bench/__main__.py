@@ -21,7 +21,7 @@ def add_build(commands) -> None:
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: all that the source has")
     parser.add_argument("--max-frames", type=positive, metavar="N", help="images per split, 1000 for test by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and points")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images and points")
     parser.add_argument("--keep-hidden", action="store_true", help="lidar: keep points behind a nearer surface")
     add_output(parser)
     parser.set_defaults(run=run_build)
@@ -42,9 +42,9 @@ def run_build(args) -> int:
 def add_import(commands) -> None:
     parser = commands.add_parser("import", help="the released annotation JSONL (or DepthLM's of iBims-1) -> shards")
     parser.add_argument("annotations", metavar="ANNOTATIONS.jsonl", type=Path)
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder that `image` starts from")
-    parser.add_argument("--depths", metavar="DIR", type=Path, help="folder that `depth_path` and masks start from")
-    parser.add_argument("--source", metavar="NAME", required=True, help="whose records they are")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the records' `image`")
+    parser.add_argument("--depths", metavar="DIR", type=Path, help="folder of `depth_path` and of the masks")
+    parser.add_argument("--source", metavar="NAME", required=True, help="data set of the records")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="train rows hold no points")
     parser.add_argument("--as-released", action="store_true", help="keep the released grid and ray distances")
     add_output(parser)
@@ -76,9 +76,9 @@ def run_sources(args) -> int:
 
 
 def add_check(commands) -> None:
-    parser = commands.add_parser("check", help="does a raw folder look right? a frame of each split is read")
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--raw", metavar="DIR")
+    parser = commands.add_parser("check", help="check a raw folder: one frame per split is read")
+    parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
+    parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: those that the folder has")
     parser.set_defaults(run=run_check)
 
@@ -140,8 +140,10 @@ def describe_frame(source: Source, split: str) -> str:
 
 
 def add_verify(commands) -> None:
-    parser = commands.add_parser("verify", help="are built shards and results still what was written?")
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="of `build`, `import` or `evaluate`")
+    parser = commands.add_parser("verify", help="check built shards and results against their hashes")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", type=Path, help="what `build`, `import` or `evaluate` wrote"
+    )
     parser.set_defaults(run=run_verify)
 
 
@@ -168,9 +170,15 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
     parser.add_argument("--mode", choices=("points", "dense"), default="points", help="default: points")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/MODEL")
-    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images per call; default: 4")
-    parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    parser.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="images per forward pass; default: 4"
+    )
+    parser.add_argument(
+        "--max-points", type=positive, metavar="N", help="score N points in all, evenly spread; default: every point"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the model"
+    )
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be scored")
     parser.add_argument(
@@ -180,7 +188,7 @@ def add_evaluate(commands) -> None:
         metavar="N",
         help="processes that prepare images; in dense mode, N more that score maps",
     )
-    parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
+    parser.add_argument("--save-marked", type=positive, metavar="N", help="save N images as a VLM is shown them")
     parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")
     parser.set_defaults(run=run_evaluate)
 
@@ -239,7 +247,7 @@ def print_summary(summary: dict, out: Path) -> None:
 def add_rescore(commands) -> None:
     parser = commands.add_parser("rescore", help="compute the scores of `evaluate` again, from its saved predictions")
     parser.add_argument("folder", metavar="RESULTS", type=Path)
-    parser.add_argument("--data", metavar="DIR_OR_ID", help="what was evaluated, for maps; default: where it was then")
+    parser.add_argument("--data", metavar="DIR_OR_ID", help="the benchmark that was evaluated, if it has moved")
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that score maps")
     parser.set_defaults(run=run_rescore)
 

@@ -16,7 +16,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +41,7 @@ from .rows import BadRow, Contents, contents_of, open_evaluated, open_sources, p
 from .workers import Workers, end_with_parent
 
 CHUNK = 16  # rows of a source that are finished together
-PENDING = 2  # chunks whose maps are being scored while the model goes on
+PENDING = 2  # chunks that are being scored and written while the model goes on
 DECIDING = ("*.safetensors", "*.jinja", "*config.json", "tokenizer.json")  # files of a checkpoint that make its answers
 
 
@@ -178,13 +178,14 @@ def evaluate(
     batches = Batches(run, contestant, opened, kept, todo, batch_size if contestant.batch_safe else 1)
     by_chunk = itertools.groupby(ahead(batches, num_proc) if todo else (), key=lambda batch: batch[0])
     unfinished = deque()
-    with Workers(num_proc) as pool:
+    with ThreadPoolExecutor(1) as writer, Workers(num_proc) as pool:  # the model need not wait for the disk
         for chunk, parts in tqdm(by_chunk, total=len(todo), unit="chunk", disable=not state.is_main_process):
-            unfinished.append(predict(run, contestant, out, chunk, (part[1:] for part in parts), pool))
-            if len(unfinished) > (PENDING if run.mode == "dense" else 0):
-                finish(unfinished.popleft())
+            part = predict(run, contestant, out, chunk, (batch[1:] for batch in parts), pool)
+            unfinished.append(writer.submit(finish, part))
+            if len(unfinished) > PENDING:
+                unfinished.popleft().result()
         for part in unfinished:
-            finish(part)
+            part.result()
     state.wait_for_everyone()
     return summarise(run, contestant, contents, kept, chunks, out) if state.is_main_process else None
 
