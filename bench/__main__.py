@@ -15,7 +15,7 @@ from .retention import add_retention
 from .sources._base import AbsentSplit, BadFrame, Source
 
 
-def add_build(commands) -> None:
+def add_build(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("build", help="raw folder -> Parquet shards and dataset card for load_dataset")
     parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
@@ -27,7 +27,7 @@ def add_build(commands) -> None:
     parser.set_defaults(run=run_build)
 
 
-def run_build(args) -> int:
+def run_build(args: argparse.Namespace) -> int:
     from . import build
 
     source = sources.get(args.source)
@@ -39,7 +39,7 @@ def run_build(args) -> int:
     return 0
 
 
-def add_import(commands) -> None:
+def add_import(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("import", help="the released annotation JSONL (or DepthLM's of iBims-1) -> shards")
     parser.add_argument("annotations", metavar="ANNOTATIONS.jsonl", type=Path)
     parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the records' `image`")
@@ -51,7 +51,7 @@ def add_import(commands) -> None:
     parser.set_defaults(run=run_import)
 
 
-def run_import(args) -> int:
+def run_import(args: argparse.Namespace) -> int:
     from .annotations import AnnotationReader, import_annotations
 
     reader = AnnotationReader(sources.get(args.source), args.split, args.images, args.depths, args.as_released)
@@ -59,12 +59,12 @@ def run_import(args) -> int:
     return 0
 
 
-def add_sources(commands) -> None:
+def add_sources(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("sources", help="list the sources: licence, page, splits, range, folder layout")
     parser.set_defaults(run=run_sources)
 
 
-def run_sources(args) -> int:
+def run_sources(args: argparse.Namespace) -> int:
     for name in sources.names():
         source = sources.get(name)
         splits = ", ".join(f"{split} = {' + '.join(parts)}" for split, parts in source.splits.items())
@@ -75,7 +75,7 @@ def run_sources(args) -> int:
     return 0
 
 
-def add_check(commands) -> None:
+def add_check(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("check", help="check a raw folder: one frame per split is read")
     parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
@@ -83,7 +83,7 @@ def add_check(commands) -> None:
     parser.set_defaults(run=run_check)
 
 
-def run_check(args) -> int:
+def run_check(args: argparse.Namespace) -> int:
     from . import build
 
     source = build.open_source(sources.get(args.source), args.raw)
@@ -139,7 +139,7 @@ def describe_frame(source: Source, split: str) -> str:
     )
 
 
-def add_verify(commands) -> None:
+def add_verify(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("verify", help="check built shards and results against their hashes")
     parser.add_argument(
         "folders", nargs="+", metavar="DIR", type=Path, help="what `build`, `import` or `evaluate` wrote"
@@ -159,7 +159,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model on built test rows; under accelerate launch too",
@@ -244,7 +244,7 @@ def print_summary(summary: dict, out: Path) -> None:
     print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
 
 
-def add_rescore(commands) -> None:
+def add_rescore(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("rescore", help="compute the scores of `evaluate` again, from its saved predictions")
     parser.add_argument("folder", metavar="RESULTS", type=Path)
     parser.add_argument("--data", metavar="DIR_OR_ID", help="the benchmark that was evaluated, if it has moved")

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -190,10 +191,8 @@ def evaluate(
     return summarise(run, contestant, contents, kept, chunks, out) if state.is_main_process else None
 
 
-def processes():
+def processes() -> PartialState:
     """accelerate's state: this process among those that a launcher started, on CPUs too if there is nothing else."""
-    from accelerate import PartialState
-
     # a rank waits for the slowest, which may be asking an endpoint
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
@@ -276,7 +275,9 @@ class Part:
     scores: list[Future] | None = None
 
 
-def predict(run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool) -> Part:
+def predict(
+    run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool: Workers
+) -> Part:
     """Run the model on the batches of a chunk. Raises ValueError for a row that cannot be decoded, without skip_bad."""
     tables, maps, scores, unreadable = [scoring.POINTS.empty_table()], [scoring.MAPS.empty_table()], [], {}
     for rows, bad, prepared in batches:

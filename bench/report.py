@@ -5,6 +5,7 @@ says otherwise is refused. Runs of different protocols (mode, scorer's conventio
 data are never put in one table. OUT gets report.md, report.csv, tables.tex, leaderboard.html and the figures.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -49,7 +50,7 @@ BEST = (
 )
 
 
-def add_report(commands) -> None:
+def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="results of `evaluate` -> Markdown, CSV, LaTeX, HTML and figures")
     parser.add_argument("results", nargs="+", metavar="RESULTS", type=Path, help="folders of `evaluate`")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
@@ -63,7 +64,7 @@ def add_report(commands) -> None:
     parser.set_defaults(run=run_report)
 
 
-def run_report(args) -> int:
+def run_report(args: argparse.Namespace) -> int:
     print(report(args.results, args.out, args.paper, args.data, args.efficiency, args.ablations, args.vqa))
     return 0
 
