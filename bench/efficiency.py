@@ -283,8 +283,8 @@ def training_steps(
     """A step of `train_sft.py`, up to the gradients, and the same one as one writes it down."""
     from trl.trainer.utils import add_fused_lm_head
 
+    from training.arguments import freeze
     from training.loss import add_depth_loss
-    from training.trainer import freeze
 
     model = random_model(config, dtype, device).train()
     freeze(model, STAGES[stage])
@@ -481,7 +481,7 @@ def prediction_overhead(photos: int = 64, seconds: float = 0.1, size: tuple[int,
         for index in range(count):
             Image.fromarray(np.roll(pixels, index, axis=1)).save(folder / f"{index:04d}.jpg", quality=92)
         args = predict.parse_args([str(folder), "--output", str(folder / "output")])
-        sources, _ = predict.find_sources(args)
+        sources, _ = predict.find_sources(args.photos, args.output, args.recursive)
         before, start = cpu_seconds(), time.perf_counter()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             everything = predict.Run(args, WaitingModel(seconds), processor, None, {})
@@ -544,8 +544,10 @@ def main(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
-    train = "a step of both stages, and the loader; few --layers shorten vision too"
-    parser.add_argument("--train", action="store_true", help=train)
+    parser.add_argument("--train", action="store_true", help="a step of both stages, and the loader")
+    parser.add_argument(
+        "--vision-layers", type=int, default=24, help="of the --train steps: the 4B model's 24, or fewer"
+    )
     parser.add_argument("--images", type=int, default=2, help="per --train step and per batch of the loader")
     parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
     parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")
@@ -561,7 +563,7 @@ def main(arguments=None):
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
         dtype = getattr(torch, options.dtype)
-        config = config_4b(options.layers, min(max(options.layers, 4), 24))  # what both steps share, kept short
+        config = config_4b(options.layers, options.vision_layers)
         settings = (config, tuple(options.grid), options.images, dtype, options.repeats)
         report |= {f"stage {stage}": training_efficiency(*settings, stage, options.device) for stage in STAGES}
         report["loader"] = loader_efficiency(options.processor, options.photo, options.images, options.repeats)
