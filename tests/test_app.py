@@ -30,6 +30,7 @@ import pytest
 import torch
 from PIL import Image
 
+import app
 import predict as script
 from depthvlm import handler
 
@@ -498,6 +499,13 @@ def test_nothing_stays_when_the_server_is_stopped(tmp_path, how):
         assert process.wait(60) in (0, 130)
     assert list((tmp_path / "tmp").glob("**/*.*")) == []
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_package_of_the_page_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which is set for good otherwise
+    monkeypatch.setitem(sys.modules, "web.actions", None)
+    with pytest.raises(ValueError, match=r'a package is missing .*: pip install -e "\.\[app\]"'):
+        app.serve(app.parse_args([]), tmp_path)
 
 
 def test_it_is_served_on_this_machine_alone(server):
