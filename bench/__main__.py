@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import sources
 from .ablate import add_ablate
-from .arguments import add_output, positive
+from .arguments import add_output, positive, shard_range
 from .report import add_report
 from .retention import add_retention
 from .sources._base import AbsentSplit, BadFrame, Source
@@ -20,10 +20,16 @@ def add_build(commands) -> None:
     parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: all that the source has")
-    parser.add_argument("--max-frames", type=positive, metavar="N", help="images a split, 1000 for test by default")
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="images per split, 1000 for test by default")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and points")
     parser.add_argument("--keep-hidden", action="store_true", help="lidar: keep points behind a nearer surface")
     add_output(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="on Ray; default: one started here")
+    where.add_argument("--shard-range", type=shard_range, metavar="I/N", help="only the shards with number %% N == I")
+    where.add_argument(
+        "--finish", action="store_true", help="after all of --shard-range: write the record and the card"
+    )
     parser.set_defaults(run=run_build)
 
 
@@ -34,8 +40,12 @@ def run_build(args) -> int:
     for split in [args.split] if args.split else source.splits:
         reader = build.SourceReader(source, args.raw, split, args.seed, args.keep_hidden)
         parameters, items = reader.plan(args.max_frames)
-        record = build.write_split(args.out, source, split, reader, parameters, items, args.num_proc, args.strict)
-        summarise(record)
+        how = {"ray": args.ray, "shard_range": args.shard_range, "finish": args.finish}
+        record = build.write_split(
+            args.out, source, split, reader, parameters, items, args.num_proc, args.strict, **how
+        )
+        if record:
+            summarise(record)
     return 0
 
 
@@ -67,7 +77,7 @@ def add_sources(commands) -> None:
 def run_sources(args) -> int:
     for name in sources.names():
         source = sources.get(name)
-        splits = ", ".join(f"{split} = {' + '.join(own)}" for split, own in source.splits.items())
+        splits = ", ".join(f"{split} = {' + '.join(parts)}" for split, parts in source.splits.items())
         low, high = source.depth_range
         print(f"{name}: {source.title}\n  licence: {source.licence}\n  page: {source.page}")
         print(f"  splits: {splits}\n  depth: {low}–{high} m, stored x {source.depth_scale:g}")

@@ -354,7 +354,6 @@ def test_ten_visitors_at_once_are_each_answered_about_their_own_photo(address, t
         np.testing.assert_allclose(np.asarray(Image.open(depth)), ours, rtol=0.03)
 
 
-@pytest.mark.slow
 def test_memory_stays_flat_over_many_requests(server, tmp_path):
     address, process, folder = server
     used = []

@@ -349,7 +349,6 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_one(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0, 2.0, None])
 def test_an_interrupt_ends_quietly_at_any_time(tmp_path, seconds):
     """From the first import that takes long on, and (None) while files are written."""
