@@ -38,9 +38,13 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     from transformers.utils import logging
 
     from depthvlm import predict
-    from web.actions import Actions
-    from web.engine import Engine
-    from web.page import Page
+
+    try:
+        from web.actions import Actions
+        from web.engine import Engine
+        from web.page import Page
+    except ImportError as error:
+        raise ValueError(f'a package is missing ({error}): pip install -e ".[app]"') from error
 
     logging.disable_progress_bar()
     device = predict.usable_device(args.device)

@@ -30,6 +30,7 @@ import pytest
 import torch
 from PIL import Image
 
+import app
 import predict as script
 from depthvlm import handler
 
@@ -248,27 +249,38 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
 @contextlib.contextmanager
 def served(folder, *options):
     """The page's address and its process; its files lie below `folder`."""
     folder.mkdir(exist_ok=True)
     port = free_port()
     command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), *options]
-    environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    with open(folder.parent / "log", "w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-        try:
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), 1).close()
-                    break
-                assert process.poll() is None, log.seek(0) or log.read()
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}", process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(60)
+    environment = os.environ | {"TMPDIR": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    log = folder.parent / "log"
+
+    def started():
+        return process.poll() is not None or "To create a public link" in log.read_text()
+
+    for _ in range(3):  # Gradio gives up where its first page takes 3 s, as it may while the machine is busy
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=folder)
+        if wait_for(started, 240) and process.poll() is None:
+            break
+        process.kill()
+    try:
+        assert process.poll() is None and started(), log.read_text()
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -287,13 +299,6 @@ def visitors_files(folder):
     """What lies on the disk beside the page's own samples."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     return {name for name in names if Path(name).name not in ("room.jpg", "street.jpg")}
-
-
-def wait_for(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    return condition()
 
 
 def smooth_photo(path, size=(160, 120), seed=0):
@@ -497,6 +502,13 @@ def test_nothing_stays_when_the_server_is_stopped(tmp_path, how):
         assert process.wait(60) in (0, 130)
     assert list((tmp_path / "tmp").glob("**/*.*")) == []
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_package_of_the_page_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which is set for good otherwise
+    monkeypatch.setitem(sys.modules, "web.actions", None)
+    with pytest.raises(ValueError, match=r'a package is missing .*: pip install -e "\.\[app\]"'):
+        app.serve(app.parse_args([]), tmp_path)
 
 
 def test_it_is_served_on_this_machine_alone(server):

@@ -211,8 +211,7 @@ class Actions:
                 camera, depth = record["camera"], record["depth"]
                 size = f"{camera['width']}x{camera['height']}"
                 source = camera["focal_length_source"]
-                distances = [round(metres, 3) for metres in depth.values()]
-                row = [name, size, round(camera["fx"], 1), source, *distances, result.answer or ""]
+                row = [name, size, round(camera["fx"], 1), source, *depth.values(), result.answer or ""]
                 for kind in ("png", "color", "ply", "json"):
                     content[f"{stem}{outputs.SUFFIXES[kind]}"] = self.engine.encode(result, kind)
             except gr.Error as error:
