@@ -20,7 +20,7 @@ def add_build(commands) -> None:
     parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: all that the source has")
-    parser.add_argument("--max-frames", type=positive, metavar="N", help="images a split, 1000 for test by default")
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="images per split, 1000 for test by default")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images and points")
     parser.add_argument("--keep-hidden", action="store_true", help="lidar: keep points behind a nearer surface")
     add_output(parser)
@@ -77,7 +77,7 @@ def add_sources(commands) -> None:
 def run_sources(args) -> int:
     for name in sources.names():
         source = sources.get(name)
-        splits = ", ".join(f"{split} = {' + '.join(own)}" for split, own in source.splits.items())
+        splits = ", ".join(f"{split} = {' + '.join(parts)}" for split, parts in source.splits.items())
         low, high = source.depth_range
         print(f"{name}: {source.title}\n  licence: {source.licence}\n  page: {source.page}")
         print(f"  splits: {splits}\n  depth: {low}–{high} m, stored x {source.depth_scale:g}")

@@ -235,8 +235,8 @@ def train(out: Path, stage: str, settings: dict) -> Path:
     scores = {}
     for file in ("eval_results.json", "questions_results.json"):
         if (folder / file).exists():
-            found = json.loads((folder / file).read_text())
-            scores |= {METRICS[name]: value for name, value in found.items() if name in METRICS}
+            metrics = json.loads((folder / file).read_text())
+            scores |= {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
     if settings.get("depth_weight") != 0 and not {"delta1", "abs_rel"} <= scores.keys():
         raise ValueError(f"{folder / 'eval_results.json'} has no delta1 and abs_rel; delete the folder and run again")
     for checkpoint in folder.glob("checkpoint-*"):
@@ -264,7 +264,7 @@ NOTES = {
 def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames: int, changes: dict) -> str:
     """Write out/ablations.md and out/tableN.csv; returns the Markdown. results: as `ablate` returns them."""
     seeds = sorted(next(iter(results.values())))
-    steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the rows' own steps"
+    steps = f"{changes['max_steps']} steps per stage" if "max_steps" in changes else "the rows' own steps"
     text = [
         "# Tables 4 to 7 of the paper, in miniature\n",
         f"{frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel are the trainer's: over the "

@@ -173,12 +173,12 @@ class SourceReader:
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
         source = _opened(self.source, self.raw, self.keep_hidden)
-        row, words = load_row(source, self.split, frame)
+        row, stored = load_row(source, self.split, frame)
         if n_points:
             named = self.seed, self.source.name, frame.id
-            points = sampling.draw_points(words, source.depth_scale, image_size(row), n_points, *named)
+            points = sampling.draw_points(stored, source.depth_scale, image_size(row), n_points, *named)
             row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
-        return row, words
+        return row, stored
 
     def plan(self, max_frames: int | None = None) -> tuple[dict, Iterator[tuple[Frame, int]]]:
         """What decides the output, for the record; and the chosen frames, each with its number of points."""
@@ -245,7 +245,7 @@ def write_shard(
     def rows() -> Iterator[dict]:
         seen = set()
         for frame, n_points in items:
-            row, reason, words = read_row(reader, frame, n_points)
+            row, reason, stored = read_row(reader, frame, n_points)
             if row is None:
                 if strict:
                     raise Skipped(f"{frame.id}: {reason}")
@@ -255,8 +255,8 @@ def write_shard(
                 raise ValueError(f"two frames are called {row['id']!r}; a frame's id must be unique in its split")
             seen.add(row["id"])
             record["written"] += 1
-            record["pixels"] += words.size
-            record["valid_pixels"] += int(np.count_nonzero(words))
+            record["pixels"] += stored.size
+            record["valid_pixels"] += int(np.count_nonzero(stored))
             record["points"] += len(row["points_u"])
             yield row
 

@@ -41,7 +41,7 @@ from .contestants import _prompt
 from .contestants._base import Contestant
 from .depthvlm_bench import VERSION
 from .files import open_whole
-from .rows import BadRow, Contents, contents_of, open_sources, points_of, read_row, refuse
+from .rows import BadRow, Contents, contents_of, open_evaluated, open_sources, points_of, read_row, refuse
 from .workers import Workers, end_with_parent
 
 CHUNK = 16  # rows of a source that are finished together
@@ -452,16 +452,9 @@ def rescore(folder: Path, data: str | None = None, num_proc: int = 1) -> dict[st
 
 def score_maps(folder: Path, summary: dict, data: str, num_proc: int) -> pa.Table:
     """The scores of a run's saved maps, against the depth maps of `data`."""
-    opened = open_sources(data, list(summary["data"]))
-    contents = contents_of(data, opened, as_released=False)
-    scores = []
+    hashes, scores = {source: of["hash"] for source, of in summary["data"].items()}, []
     with Workers(num_proc) as pool:
-        for source, rows in opened.items():
-            if contents[source].hash != summary["data"][source]["hash"]:
-                raise ValueError(
-                    f"{folder} was evaluated on other rows of {source} (hash {summary['data'][source]['hash'][:12]}) "
-                    f"than {data} holds ({contents[source].hash[:12]}); pass --data with the former"
-                )
+        for source, rows in open_evaluated(data, hashes, False, folder).items():
             numbers = {name: index for index, name in enumerate(rows.select_columns(["id"])["id"])}
             maps = pq.ParquetFile(maps_file(folder, source))
             futures = deque()

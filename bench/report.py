@@ -121,7 +121,7 @@ def write(out: Path, notes: list[str], sections: list[tuple[str, list[Table | st
     write_text(out / "report.md", "\n\n".join(line.strip() for line in lines) + "\n")
     tables = [(title, [block for block in blocks if isinstance(block, Table)]) for title, blocks in sections]
     write_text(out / "leaderboard.html", page(notes, [(title, blocks) for title, blocks in tables if blocks]))
-    printed = ["% needs \\usepackage{booktabs}"]
+    printed = ["% needs \\usepackage{booktabs,graphicx}"]
     for table in (table for _, blocks in tables for table in blocks):
         fits = len(table.rows) <= PAGE
         printed.append(latex(table) if fits else f"% more than {PAGE} rows, in report.csv: {plain(table.title)}")

@@ -38,7 +38,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 from web import engine as engines  # noqa: E402
-from web import page as pages  # noqa: E402
+from web import views  # noqa: E402
 from web.visits import Visits  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,7 +201,7 @@ def test_rescaled_metres_grow_with_the_focal_length_and_x_and_y_stay(engine):
 
 def test_the_map_that_a_browser_is_sent_is_exact_to_a_fiftieth_of_a_percent(engine):
     result, _ = see(engine, Image.open(ROOT / "samples" / "street.jpg").resize((1600, 1200)), focal_length=1130.0)
-    sent = json.loads(pages.payload(engine, result))
+    sent = json.loads(views.payload(engine, result))
     assert sent["width"] * sent["height"] <= engines.VIEW_PIXELS and sent["width"] > 1100
     stored = np.frombuffer(zlib.decompress(base64.b64decode(sent["depth"])), "<u2").reshape(sent["height"], -1)
     np.testing.assert_allclose(
@@ -327,6 +327,16 @@ def test_the_api_has_names_and_gives_what_the_command_line_gives(address, tmp_pa
     trimesh = pytest.importorskip("trimesh")
     (mesh,) = trimesh.load(cloud, process=False).geometry.values()
     assert -mesh.bounds[0, 2] == pytest.approx(record["depth"]["max"], rel=0.02)
+
+
+def test_the_readmes_call(address, tmp_path, monkeypatch):
+    call = re.search(r"Client\(address\)\.predict\(.*\)", (ROOT / "README.md").read_text(encoding="utf-8"))[0]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOM, "photo.jpg")
+    quiet = functools.partial(Client, verbose=False, download_files=str(tmp_path / "client"))
+    depth, answer, camera, cloud = eval(call, {"Client": quiet, "handle_file": handle_file, "address": address})
+    assert Image.open(depth).size == (640, 480) and isinstance(answer, str) and cloud.endswith(".glb")
+    assert (camera["fx"], camera["focal_length_source"]) == (1430.0, "given")
 
 
 def test_ten_visitors_at_once_are_each_answered_about_their_own_photo(address, tmp_path):

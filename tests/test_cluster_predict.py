@@ -59,6 +59,14 @@ def metres(row):
     return np.asarray(Image.open(io.BytesIO(row["depth"]["bytes"]))) / row["depth_scale"]
 
 
+@pytest.fixture(autouse=True)
+def threads_of_other_tests():
+    """A plan's number of threads holds for the process, here that of the tests that follow too."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def expected():
     """Depth of a photo at a focal length, by the model and the processor alone."""

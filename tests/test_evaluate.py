@@ -129,17 +129,22 @@ def test_constant_scores_as_a_plain_loop_does(bench, tmp_path):
     assert summary["mean"]["delta1"] == pytest.approx(sum(both) / 2, rel=1e-12)  # unweighted: 37 and 20 images
 
 
-@pytest.mark.parametrize(("name", "delta1", "points"), [("ibims1", 0.2648, 5000), ("scannetpp", 0.2850, 200)])
-def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
+def evaluate_two_metres(name: str, folder: Path) -> None:
+    """Import real frames, and write FOLDER/out by the commands of bench/README.md."""
     data = SHARED / name
     if not data.exists():
         pytest.skip(f"../shared/data/{name} is not there")
-    folders = ["--images", str(data), "--source", name, "--out", str(tmp_path / "data")]
+    folders = ["--images", str(data), "--source", name, "--out", str(folder / "data")]
     if name == "scannetpp":
         folders[1:2] = [str(data / "rgb"), "--depths", str(data / "depth")]
     assert main(["import", str(data / "annotations.jsonl"), *folders]) == 0
-    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(folder / "data"), "--out", str(folder / "out")]
     assert main(command) == 0
+
+
+@pytest.mark.parametrize(("name", "delta1", "points"), [("ibims1", 0.2648, 5000), ("scannetpp", 0.2850, 200)])
+def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
+    evaluate_two_metres(name, tmp_path)
     scored = json.loads((tmp_path / "out" / "summary.json").read_text())["sources"][name]
     assert scored["points"] == points
     assert scored["metrics"]["delta1"] == pytest.approx(delta1, abs=1e-12)

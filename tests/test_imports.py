@@ -12,9 +12,11 @@ SCRIPTS = {"depthvlm.train_sft": 1, "depthvlm.predict": 2, "depthvlm.app": 2}
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of every module of the project."""
     found = {f"depthvlm.{path.stem}": path for path in ROOT.glob("*.py")}
-    for package in ("training", "bench", "web", "cluster"):
+    for package in ("predictions", "training", "bench", "web", "cluster"):
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
+            if package == "predictions":
+                parts = "depthvlm", *parts
             if "lmms" in parts:  # a distribution of its own
                 continue
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
