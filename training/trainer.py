@@ -24,7 +24,7 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from depthvlm.files import open_whole
+from depthvlm.predictions.files import open_whole
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
 from .arguments import DepthSFTConfig
