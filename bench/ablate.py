@@ -4,6 +4,7 @@ Each row is a file of configs/ablations: what it changes of the tiny model and o
 seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -33,7 +34,7 @@ MOST_HELD_OUT = 500  # frames
 METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": "questions"}
 
 
-def add_ablate(commands) -> None:
+def add_ablate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES))
@@ -50,7 +51,7 @@ def add_ablate(commands) -> None:
     parser.set_defaults(run=run_ablate)
 
 
-def run_ablate(args) -> int:
+def run_ablate(args: argparse.Namespace) -> int:
     changes = {"max_steps": args.steps} if args.steps else {}
     rows = read_rows()
     results = ablate(args.out, rows, args.tables, args.seeds, args.frames, changes, args.num_proc)

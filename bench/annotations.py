@@ -233,7 +233,7 @@ def number(record: dict, key: str) -> float:
     return float(value)
 
 
-def numbers(values, key: str) -> list[float]:
+def numbers(values: object, key: str) -> list[float]:
     if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise BadFrame(f"{key} must be a list of numbers")
     if not all(-1e9 < value < 1e9 for value in values):
@@ -251,7 +251,7 @@ def size_of(record: dict, key: str) -> tuple[int, int]:
     return tuple(value)
 
 
-def points_of(record: dict, size: tuple[int, int]):
+def points_of(record: dict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Columns and rows (n,) int in a grid of `size` and metres (n,) float64 of a record's points."""
     pairs, metres = record.get("pixel_coords"), numbers(record.get("depth"), "depth")
     if not isinstance(pairs, list) or len(pairs) != len(metres) or not pairs:

@@ -22,4 +22,6 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """The options of every command that writes shards."""
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="shards go to DIR/SOURCE, card to DIR")
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="worker processes")
-    parser.add_argument("--strict", action="store_true", help="a frame that cannot be used is an error, not a listing")
+    parser.add_argument(
+        "--strict", action="store_true", help="end at the first frame that cannot be used, instead of listing it"
+    )

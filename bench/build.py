@@ -229,7 +229,12 @@ def schema() -> pa.Schema:
 
 
 def write_shard(
-    reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], build: dict, strict: bool
+    reader: Callable[[Frame, int], tuple[dict, np.ndarray]],
+    arrow: pa.Schema,
+    path: Path,
+    items: list[tuple[Frame, int]],
+    build: dict,
+    strict: bool,
 ) -> dict:
     """
     Write one shard, then its record, which is returned; of a shard that is finished, only read the record.

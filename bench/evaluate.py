@@ -17,7 +17,7 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,7 +45,7 @@ from .rows import BadRow, Contents, contents_of, open_evaluated, open_sources, p
 from .workers import Workers, end_with_parent
 
 CHUNK = 16  # rows of a source that are finished together
-PENDING = 2  # chunks whose maps are being scored while the model goes on
+PENDING = 2  # chunks that are being scored and written while the model goes on
 DECIDING = ("*.safetensors", "*.jinja", "*config.json", "tokenizer.json")  # files of a checkpoint that make its answers
 
 
@@ -180,20 +180,25 @@ def evaluate(
     batches = Batches(run, contestant, opened, kept, todo, batch_size if contestant.batch_safe else 1)
     prepared = ahead(batches, shares(len(todo), state), num_proc) if todo else ()
     by_chunk = itertools.groupby(prepared, key=lambda batch: batch[0])
-    scoring_now = deque()
-    with Workers(num_proc) as pool, tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar:
+    pending = deque()
+    with (
+        ThreadPoolExecutor(1) as writer,  # the model need not wait for the disk
+        Workers(num_proc) as pool,
+        tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar,
+    ):
         for chunk, parts in by_chunk:
-            scoring_now.append(predict(run, contestant, out, chunk, (part[1:] for part in parts), pool))
-            if len(scoring_now) > (PENDING if run.mode == "dense" else 0):
-                finish(scoring_now.popleft())
+            part = predict(run, contestant, out, chunk, (batch[1:] for batch in parts), pool)
+            pending.append(writer.submit(finish, part))
+            if len(pending) > PENDING:
+                pending.popleft().result()
             bar.update(todo.index(chunk) + 1 - bar.n)  # those before it are finished or with other processes
-        for part in scoring_now:
-            finish(part)
+        for part in pending:
+            part.result()
         state.wait_for_everyone()
     return summarise(run, contestant, contents, kept, chunks, out) if state.is_main_process else None
 
 
-def processes():
+def processes() -> PartialState:
     """accelerate's state: this process among those that a launcher started, on CPUs too if there is nothing else."""
     # a rank waits for the slowest, which may be asking an endpoint
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
@@ -258,7 +263,7 @@ class Batches:
         return (name, start), rows, bad, prepared
 
 
-def shares(count: int, state) -> Iterator[int]:
+def shares(count: int, state: PartialState) -> Iterator[int]:
     """The numbers below `count`, each for the one process that asks for it first."""
     if state.num_processes == 1:
         return iter(range(count))
@@ -293,7 +298,9 @@ class Part:
     scores: list[Future] | None = None
 
 
-def predict(run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool) -> Part:
+def predict(
+    run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool: Workers
+) -> Part:
     """Run the model on the batches of a chunk. Raises ValueError for a row that cannot be decoded, without skip_bad."""
     tables, maps, scores, unreadable = [scoring.POINTS.empty_table()], [scoring.MAPS.empty_table()], [], {}
     for rows, bad, prepared in batches:

@@ -65,7 +65,9 @@ def points_of_image(index: int, images: int, total: int = POINTS) -> int:
     return total // images + (index < total % images)
 
 
-def draw_points(stored: np.ndarray, depth_scale: float, image_size: tuple[int, int], n: int, *seed):
+def draw_points(
+    stored: np.ndarray, depth_scale: float, image_size: tuple[int, int], n: int, *seed: str | int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """n pixels of a depth map drawn without replacement among those that hold a depth; all where there are fewer.
 
     stored: uint16 (h, w), 0 = no depth. image_size: (W, H) of the image. seed: strings and numbers that name the frame.

@@ -196,9 +196,10 @@ def in_this_process(plan: Plan, shards: list[int]) -> Iterator[dict]:
 def on_ray(plan: Plan, shards: list[int], actors: int, readers: int) -> Iterator[dict]:
     """
     By Ray Data, on the cluster that `ray.init` has connected to: one task per shard, on `readers` actors that read and
-    preprocess and up to `actors` actors with a model each, on a GPU with device "cuda".
+    preprocess and up to `actors` actors with a model each, on a GPU with device "cuda". Raises `OSError` if one fails.
     """
     from ray.data import ActorPoolStrategy, DataContext, from_items
+    from ray.exceptions import RayError
 
     settings = plan.settings
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -219,7 +220,11 @@ def on_ray(plan: Plan, shards: list[int], actors: int, readers: int) -> Iterator
         num_cpus=settings.threads,
         num_gpus=1 if settings.device == "cuda" else 0,
     )
-    yield from reports.iter_rows()
+    try:
+        yield from reports.iter_rows()
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]  # of a traceback
+        raise OSError(f"a process on Ray failed ({reason}); finished shards are kept") from error
 
 
 class RayReader:

@@ -18,7 +18,7 @@ from bench import build, sources
 from bench.__main__ import main
 
 pytest.importorskip("ray", reason="Ray is missing: pip install -e '.[ray]'")
-PHOTOS = 2000
+PHOTOS, SHARDS = 2000, 80
 BROKEN = 33  # one in so many
 
 
@@ -159,7 +159,7 @@ def workers(title):
 @pytest.mark.slow
 def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(environment, cluster, tmp_path):
     (tmp_path / "photos").mkdir()
-    command = predict(write_photos(tmp_path / "photos", PHOTOS), 50)
+    command = predict(write_photos(tmp_path / "photos", PHOTOS), PHOTOS // SHARDS)
     rays.run(environment, *command, "--out", tmp_path / "plain", seconds=4 * rays.PATIENCE)
     plain, out = digests(tmp_path / "plain"), tmp_path / "out"
     on_ray = [*command, "--out", out, "--ray", cluster.address, "--actors", 2, "--readers", 2]
@@ -172,7 +172,7 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
         return [(process, process.ppid()) for process in workers("ray::MapWorker(MapBatches(RayPredictor)")]
 
     driver = rays.start(environment, *on_ray)
-    rays.wait_for(lambda: finished() >= 3 and len(actors()) == 2, "two models at work")
+    rays.wait_for(lambda: finished() >= 3 and actors(), "a model at work")
     victim = actors()[0][0]
     victim.kill()
     at_kill = finished()
@@ -185,7 +185,7 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
     driver.kill()
     driver.wait()
     rays.wait_for(lambda: not actors(), "the end of the driver's actors")
-    assert 11 <= finished() < 40, "all was done before the driver was killed"
+    assert 11 <= finished() < SHARDS, "all was done before the driver was killed"
     printed = rays.run(environment, *on_ray, seconds=4 * rays.PATIENCE)
 
     assert digests(out) == plain
@@ -193,5 +193,5 @@ def test_files_are_the_plain_loops_though_actor_raylet_and_driver_are_killed(env
     expected = {f"{number // 100:02d}/{number:04d}.jpg": number % BROKEN > 0 for number in range(PHOTOS)}
     assert len(rows) == PHOTOS and {row["id"]: row["status"] == "ok" for row in rows} == expected
     assert all((row["depth"] is not None) == (row["reason"] is None) == expected[row["id"]] for row in rows)
-    assert f"{PHOTOS} photos in 40 shards" in printed and "images/s" in printed
+    assert f"{PHOTOS} photos in {SHARDS} shards" in printed and "images/s" in printed
     cluster.remove_node(raylets[raylet], allow_graceful=False)
