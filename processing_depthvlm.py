@@ -6,6 +6,7 @@ processed at focal length f_p, at depth * f_c / f_p; so metres = prediction * f_
 metres * f_c / f_p (metric compensation).
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Iterator, Sequence
@@ -220,22 +221,13 @@ class DepthVLMProcessor(Qwen3VLProcessor):
         `(num_patches, 3 * temporal_patch_size * patch_size**2)`, where `patches` are: the image processor's, bit for
         bit.
         """
-        frames, patch, merge = (
-            getattr(self.image_processor, name) for name in ("temporal_patch_size", "patch_size", "merge_size")
-        )
-        # what the image processor makes of each of the 256 values in each channel
-        side = patch * merge * math.ceil(16 / (patch * merge))
-        ramp = np.resize(np.arange(256, dtype=np.uint8), (side, side, 1)).repeat(3, axis=2)
-        values = self.image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="pt")["pixel_values"]
-        table = torch.empty(3 * 256)
-        table[channel_index(torch.from_numpy(patchify(ramp, patch, merge)[0]))] = values.unflatten(1, (3, frames, -1))[
-            :, :, 0
-        ]
         if isinstance(patches, np.ndarray):
             return self.normalize_patches(torch.from_numpy(patches)).numpy()
-        index = channel_index(patches)
-        pixels = table.to(patches.device).index_select(0, index.flatten()).view(len(patches), 3, 1, -1)
-        return pixels.expand(-1, -1, frames, -1).reshape(len(patches), -1)
+        images = self.image_processor
+        settings = (*images.image_mean, *images.image_std, images.rescale_factor)
+        table = normalized_values(images, settings).to(patches.device)
+        pixels = table.index_select(0, channel_index(patches).flatten()).view(len(patches), 3, 1, -1)
+        return pixels.expand(-1, -1, images.temporal_patch_size, -1).reshape(len(patches), -1)
 
     def depth_text(self, question: str = DEPTH_PROMPT) -> str:
         """
@@ -481,6 +473,25 @@ def patchify(image: np.ndarray, patch: int, merge: int) -> tuple[np.ndarray, tup
         0, 3, 1, 4, 6, 2, 5
     )
     return patches.reshape(rows * columns, -1), (1, rows, columns)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept serves training too
+def normalized_values(image_processor: BaseImageProcessor, settings: tuple[float, ...]) -> torch.Tensor:
+    """
+    What the image processor makes of each of the 256 values in each channel: `(3 * 256,)`, see `channel_index`.
+
+    settings: of `image_processor`, on which the values depend.
+    """
+    patch, merge, frames = (getattr(image_processor, f"{name}_size") for name in ("patch", "merge", "temporal_patch"))
+    side = patch * merge * math.ceil(16 / (patch * merge))
+    ramp = np.resize(np.arange(256, dtype=np.uint8), (side, side, 1)).repeat(3, axis=2)
+    values = image_processor(Image.fromarray(ramp), do_resize=False, return_tensors="pt")["pixel_values"]
+    table = torch.empty(3 * 256)
+    table[channel_index(torch.from_numpy(patchify(ramp, patch, merge)[0]))] = values.unflatten(1, (3, frames, -1))[
+        :, :, 0
+    ]
+    return table
 
 
 def channel_index(patches: torch.Tensor) -> torch.Tensor:

@@ -194,9 +194,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--num-proc",
         type=positive,
-        default=1,
         metavar="N",
-        help="processes that prepare images; in dense mode, N more that score maps",
+        help="processes that prepare images; in dense mode, N more that score maps; default: 1, or with the model on a "
+        "CPU the model's own",
     )
     parser.add_argument("--save-marked", type=positive, metavar="N", help="save N images as a VLM is shown them")
     parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")

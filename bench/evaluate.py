@@ -6,7 +6,8 @@ point; in dense mode `images.parquet`, one row per image, and `maps/SOURCE.parqu
 free, and writes it whole or not at all, with its hash beside it. So a slow process holds nobody back, and any number of
 them, killed and started again as often as you like, ends in the same files.
 
-Images are read and prepared by other processes than the one that runs the model, and maps are scored by yet others.
+Beside an accelerator, images are read and prepared by other processes than the one that runs the model; maps are scored
+by yet others.
 """
 
 import hashlib
@@ -145,12 +146,13 @@ def find_contestant(model: str) -> tuple[str, str]:
 
 
 def evaluate(
-    run: Run, contestant: Contestant, out: Path, batch_size: int = 4, num_proc: int = 1
+    run: Run, contestant: Contestant, out: Path, batch_size: int = 4, num_proc: int | None = None
 ) -> dict[str, Any] | None:
     """
     Score what is not scored yet, or failed, and, on the main process, write and return the summary.
 
-    num_proc: processes that read and prepare images ahead, and, in dense mode, processes that score maps.
+    num_proc: processes that read and prepare images ahead, and, in dense mode, processes that score maps. By default
+    one each; with the model on a CPU, whose cores it uses itself, images are prepared in its own process.
     """
     state = processes()
     opened = open_sources(run.data, list(run.sources))
@@ -178,12 +180,13 @@ def evaluate(
     unfinished = set(gather_object([chunk for chunk in looked_at if not is_done(out, chunk, run.mode, joined)]))
     todo = [chunk for chunk in chunks if chunk in unfinished]
     batches = Batches(run, contestant, opened, kept, todo, batch_size if contestant.batch_safe else 1)
-    prepared = ahead(batches, shares(len(todo), state), num_proc) if todo else ()
+    on_cpu = state.device.type == "cpu" and not contestant.served_at
+    prepared = ahead(batches, shares(len(todo), state), num_proc or (0 if on_cpu else 1)) if todo else ()
     by_chunk = itertools.groupby(prepared, key=lambda batch: batch[0])
     pending = deque()
     with (
         ThreadPoolExecutor(1) as writer,  # the model need not wait for the disk
-        Workers(num_proc) as pool,
+        Workers(num_proc or 1) as pool,
         tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar,
     ):
         for chunk, parts in by_chunk:
@@ -275,10 +278,12 @@ def shares(count: int, state: PartialState) -> Iterator[int]:
 def ahead(batches: Batches, chunks: Iterator[int], num_proc: int) -> Iterator[tuple]:
     """
     The batches of the chunks with these numbers, in order, read and prepared by `num_proc` processes, two batches each
-    before they are needed: so early is a chunk's number drawn.
+    before they are needed: so early is a chunk's number drawn. With 0 this process does it, when they are needed.
     """
     # forked, they share the contestant without a copy; macOS does not fork safely, and there all is done in line
-    forks = {"num_workers": num_proc, "multiprocessing_context": "fork"} if sys.platform == "linux" else {}
+    forks = {}
+    if num_proc and sys.platform == "linux":
+        forks = {"num_workers": num_proc, "multiprocessing_context": "fork"}
     numbers = itertools.chain.from_iterable(batches.of_chunk[chunk] for chunk in chunks)
     options = {"batch_size": None, "collate_fn": tuple, "worker_init_fn": end_with_parent}
     return iter(DataLoader(batches, sampler=numbers, **options, **forks))
