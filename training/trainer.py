@@ -79,6 +79,10 @@ class DepthSFTConfig(SFTConfig):
             "help": f"terms of the depth loss with their weights, of {', '.join(DEPTH_LOSSES)}; default: {{silog: 1}}"
         },
     )
+    depth_trains_head_alone: bool = field(
+        default=False,
+        metadata={"help": "end the depth loss's gradient at the depth head's inputs, whatever else is trained"},
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={
@@ -248,7 +252,7 @@ class DepthSFTTrainer(SFTTrainer):
             )
         trained = [name for name, parameter in core.named_parameters() if parameter.requires_grad]
         self.trains_text = any("depth_head." not in name for name in trained)
-        add_depth_loss(core, self.trains_text, self.args.depth_losses)
+        add_depth_loss(core, self.trains_text, self.args.depth_losses, self.args.depth_trains_head_alone)
         # Both losses are divided by the counts of the whole update, over ranks and accumulation, so by nothing else
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
