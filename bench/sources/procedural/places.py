@@ -43,7 +43,7 @@ def ask(draw: Draw, depth: np.ndarray, camera_height: float | None) -> list[tupl
         questions.append(("farthest_distance", "What is the farthest distance in the picture?", metres(depth.max())))
     if camera_height is not None:
         questions.append(("camera_height", "How high is the camera above the floor?", metres(camera_height)))
-    return questions
+    return list(dict.fromkeys(questions))  # one point may have been drawn twice
 
 
 def choose_point(draw: Draw, depth: np.ndarray) -> Point | None:
