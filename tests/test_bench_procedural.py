@@ -7,8 +7,10 @@ import re
 from itertools import islice
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from bench import build
 from bench.sources import get
 from bench.sources._base import Frame
 from bench.sources.procedural import render as caster
@@ -476,6 +478,28 @@ def test_every_split_ends():
     source = Procedural()
     assert sum(1 for _ in source.frames("test")) == COUNTS["test"] == 1000
     assert list(source.splits) == ["train", "test"]
+
+
+def test_card_says_what_one_answer_to_all_questions_of_a_kind_scores(tmp_path):
+    source = get("procedural")
+    reader = build.SourceReader(source, None, "test")
+    record = build.write_split(tmp_path, source, "test", reader, *reader.plan(5))
+    rows = pq.read_table(tmp_path / "procedural").column("qa").to_pylist()
+    pairs = [pair for row in rows for pair in zip(row["kind"], row["answer"], strict=True)]
+    card = (tmp_path / "README.md").read_text()
+    assert {kind for kind, _ in pairs} == set(record["questions"])
+    for kind, facts in record["questions"].items():
+        truths = [answer for name, answer in pairs if name == kind]
+        tolerance = 0.1 if kind == "camera_height" else 0.25
+        if kind.endswith(("distance", "height")):
+            metres = np.array(truths, float)
+            shares = [np.mean(np.abs(float(answer) - metres) <= tolerance * metres) for answer in truths]
+        else:
+            shares = [np.mean([answer == truth for truth in truths]) for answer in truths]
+        assert facts["number"] == len(truths) and facts["right"] == pytest.approx(max(shares))
+        assert shares[truths.index(facts["constant"])] == max(shares)
+        line = f"| procedural | test | {kind} | {len(truths)} | {facts['constant']} | {max(shares):.1%} |"
+        assert line in card
 
 
 def test_unknown_split_frame_and_size_are_refused():

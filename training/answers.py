@@ -22,12 +22,11 @@ def is_right(kind: str, answer: str, truth: str) -> bool:
         return False
 
 
-def best_constant(kind: str, answers: list[str]) -> tuple[str, float]:
-    """The answer that is right most often of those that `answers` holds, and its share of right ones."""
-    counts = collections.Counter(answers)
+def best_constant(kind: str, answers: collections.Counter) -> tuple[str, float]:
+    """The one of `answers`, each with how often it is the true one, that is right most often, and its share."""
     right = {
-        answer: sum(number for truth, number in counts.items() if is_right(kind, answer, truth))
-        for answer in sorted(counts)
+        answer: sum(number for truth, number in answers.items() if is_right(kind, answer, truth))
+        for answer in sorted(answers)
     }
     best = max(right, key=right.get)
-    return best, right[best] / len(answers)
+    return best, right[best] / answers.total()
