@@ -484,7 +484,7 @@ def test_card_says_what_one_answer_to_all_questions_of_a_kind_scores(tmp_path):
     source = get("procedural")
     reader = build.SourceReader(source, None, "test")
     record = build.write_split(tmp_path, source, "test", reader, *reader.plan(5))
-    rows = pq.read_table(tmp_path / "procedural").column("qa").to_pylist()
+    rows = pq.read_table(tmp_path / "procedural" / "test-00000-of-00001.parquet").column("qa").to_pylist()
     pairs = [pair for row in rows for pair in zip(row["kind"], row["answer"], strict=True)]
     card = (tmp_path / "README.md").read_text()
     assert {kind for kind, _ in pairs} == set(record["questions"])
