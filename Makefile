@@ -1,6 +1,7 @@
 # make demo: depth of the sample images, and the checkpoint's score on held-out frames.
 # make app: the web page, on this machine alone.
-# make test: everything that CI runs.  make test-newest: the compatibility tests on the newest releases, tested or not.
+# make test: everything that CI runs, but for make test-slow: Ray's long tests, a job of their own there.
+# make test-newest: the compatibility tests on the newest releases, tested or not.
 # make test-peers: contestants of the benchmark beside their authors' code; downloads some gigabytes.
 # make tiny: trains the tiny checkpoint.
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PEERS := .venv-peers
 COMPATIBILITY := $(addprefix tests/test_,repository.py configuration.py modeling.py processing.py convert_checkpoint.py \
 	predict.py handler.py app.py train_data.py train_losses.py train_script.py train_distributed.py lmms_plugin.py)
 
-.PHONY: demo app test test-newest test-peers tiny lint clean
+.PHONY: demo app test test-slow test-newest test-peers tiny lint clean
 
 demo: .venv/.installed
 	$(BIN)/python predict.py samples/room.jpg samples/street.jpg --output output --overwrite
@@ -30,6 +31,9 @@ test: .venv/.dev $(OLDEST)/.installed $(DATASETS3)/.installed $(MOGE)/.installed
 	$(BIN)/python -m pytest -q
 	$(MOGE)/bin/python -m pytest -q tests/test_peers.py -k moge
 	$(OLDEST)/bin/python -m pytest -q $(COMPATIBILITY)
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -q -m slow
 
 test-newest: $(NEWEST)/.installed
 	$(NEWEST)/bin/python -m pytest -q $(COMPATIBILITY)

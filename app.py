@@ -38,8 +38,13 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     from transformers.utils import logging
 
     from depthvlm import predict
-    from web.engine import Engine
-    from web.page import Page
+
+    try:
+        from web.actions import Actions
+        from web.engine import Engine
+        from web.page import Page
+    except ImportError as error:
+        raise ValueError(f'a package is missing ({error}): pip install -e ".[app]"') from error
 
     logging.disable_progress_bar()
     device = predict.usable_device(args.device)
@@ -47,7 +52,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
     model, processor = predict.load(args.model, device, args.dtype, args.quantize)
     settings = {"model": args.model, "dtype": str(model.dtype).removeprefix("torch."), "quantize": args.quantize}
     engine = Engine(model, processor, settings, estimate, args.camera_from)
-    page = Page(engine, folder, args.max_megapixels, SAMPLES)
+    page = Page(Actions(engine, folder, args.max_megapixels), SAMPLES)
     page.build().launch(
         server_name=args.host, server_port=args.port, max_file_size=args.max_upload, **page.launch_options()
     )

@@ -176,12 +176,12 @@ def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         try:
             with safe_open(path, framework="pt") as file:
                 headers = {key: file.get_slice(key) for key in file.keys()}
-                found = {key: (path, tuple(part.get_shape()), part.get_dtype()) for key, part in headers.items()}
+                shapes = {key: (path, tuple(part.get_shape()), part.get_dtype()) for key, part in headers.items()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({first_line(error)}); download it again") from error
-        if twice := tensors.keys() & found.keys():
+        if twice := tensors.keys() & shapes.keys():
             raise ValueError(f"{path} holds tensors that another file of the checkpoint holds too: {listed(twice)}")
-        tensors |= found
+        tensors |= shapes
     return tensors
 
 
@@ -265,10 +265,10 @@ def write_tensors(folder: Path, tensors: dict, fresh: dict):
 
 def depthvlm_settings(settings: dict, config: DepthVLMConfig) -> dict:
     """config.json with our fields; the source's stay word for word, so that the way back gives them back."""
-    own = {field.name for field in dataclasses.fields(DepthVLMConfig)}
-    own -= {field.name for field in dataclasses.fields(Qwen3VLConfig)}
-    own |= {"auto_map", "custom_pipelines"}
-    described = {name: value for name, value in config.to_dict().items() if name in own}
+    fields = {field.name for field in dataclasses.fields(DepthVLMConfig)}
+    fields -= {field.name for field in dataclasses.fields(Qwen3VLConfig)}
+    fields |= {"auto_map", "custom_pipelines"}
+    described = {name: value for name, value in config.to_dict().items() if name in fields}
     return (
         settings
         | described
@@ -352,8 +352,8 @@ def write_qwen3_vl_processor(folder: Path, source: Path):
         video = {name: image[name] for name in same if name in image} | {
             "video_processor_type": "Qwen3VLVideoProcessor"
         }
-    for (_, filename), found in ((IMAGE_PROCESSOR, image), (VIDEO_PROCESSOR, video)):
-        write_json(folder / filename, found | {"processor_class": "Qwen3VLProcessor"})
+    for (_, filename), settings in ((IMAGE_PROCESSOR, image), (VIDEO_PROCESSOR, video)):
+        write_json(folder / filename, settings | {"processor_class": "Qwen3VLProcessor"})
     write_tokenizer_config(folder, source, "Qwen3VLProcessor")
     copy_if_there(source, folder, "chat_template.jinja", "chat_template.json")
 
@@ -366,12 +366,12 @@ def write_tokenizer_config(folder: Path, source: Path, processor_class: str):
 
 def processor_section(source: Path, section: str, filename: str) -> dict | None:
     """A sub-processor's settings, from processor_config.json or from its own file; None without."""
-    found = None
+    settings = None
     if (source / "processor_config.json").exists():
-        found = read_json(source / "processor_config.json").get(section)
-    if found is None and (source / filename).exists():
-        found = read_json(source / filename)
-    return found and {name: value for name, value in found.items() if name != "auto_map"}
+        settings = read_json(source / "processor_config.json").get(section)
+    if settings is None and (source / filename).exists():
+        settings = read_json(source / filename)
+    return settings and {name: value for name, value in settings.items() if name != "auto_map"}
 
 
 def read_card(source: Path) -> dict:

@@ -117,22 +117,26 @@ def encode_inputs(processor, photos: list, question: str | None, focal_lengths: 
     )
 
 
-def predict(model, processor, inputs, answers: bool) -> list[tuple[dict, np.ndarray, str | None]]:
+def predict(
+    model, processor, inputs, answers: bool, max_new_tokens: int = MAX_NEW_TOKENS, processed_size: bool = False
+) -> list[tuple[dict, np.ndarray, str | None]]:
     """
     (camera, z-depth in metres `(height, width)`, answer) of each photo of a batch of `encode_inputs`, from one pass.
 
     answers: whether the batch asks a question; without one there is no answer, and only the prefill runs.
+    processed_size: leave maps at the size that the network works at; default: at the photo's.
     """
     inputs = inputs.to(model.device)
     inputs["pixel_values"] = processor.normalize_patches(inputs["pixel_values"])
     if answers:
-        outputs = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+        outputs = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True)
         new_tokens = outputs.sequences[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
     else:
         outputs = model(**inputs, logits_to_keep=1)
         texts = [None] * len(outputs.cameras)
-    depths = processor.post_process_depth_estimation(outputs)
+    sizes = [camera["processed_size"] for camera in outputs.cameras] if processed_size else None
+    depths = processor.post_process_depth_estimation(outputs, sizes)
     return [
         (camera, depth["predicted_depth"].cpu().numpy(), text)
         for camera, depth, text in zip(outputs.cameras, depths, texts, strict=True)

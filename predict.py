@@ -13,11 +13,10 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,20 +24,17 @@ from functools import partial
 from logging import getLogger
 from multiprocessing import get_context
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-if __name__ in ("__main__", "__mp_main__"):  # Ctrl-C ends the imports, which take seconds, without a traceback
+if __name__ == "__main__":  # Ctrl-C ends the imports, which take seconds, without a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # torch and what imports it come in `main`: the writing processes, which import this file, need none of it
-from depthvlm import outputs, videos  # noqa: E402
-from depthvlm.files import check_free  # noqa: E402
+from depthvlm.predictions import outputs, videos  # noqa: E402
+from depthvlm.predictions.files import check_free  # noqa: E402
+from depthvlm.predictions.sources import PHOTO_SUFFIXES, find_sources, is_video  # noqa: E402
 
 PHOTO_FILES = ["png", "color", "ply"]
 VIDEO_FILES = ["png", "color"]
-PHOTO_SUFFIXES = set(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .heic .heif .hif .tif .tiff .bmp .gif .jp2 .ppm .pgm".split()
-)
 READERS = 2  # threads that open photos and make batches of them
 AHEAD = 2  # batches that are made before the model asks for them
 WRITERS = 2
@@ -173,62 +169,6 @@ def formats(text: str) -> list[str]:
 
 def focal_length(text: str) -> float | tuple[float, float]:
     return pair(text) if "," in text else float(text)
-
-
-# From the command line's photos to those that are predicted
-
-
-def find_sources(args: argparse.Namespace) -> tuple[list[tuple[str, Path]], list[str]]:
-    """
-    (photo, stem of its files) of each photo and video of the command line, folders opened, and what was left out.
-
-    Stems are distinct on any file system; within a folder they keep its subfolders.
-    """
-    output, sources, left_out, seen, taken = args.output.resolve(), [], [], set(), set()
-
-    def add(photo: str, stem: Path):
-        if not is_url(photo) and (key := os.path.abspath(photo)) in seen:
-            return
-        seen.add(photo if is_url(photo) else key)
-        name, number = stem, 1
-        while str(name).casefold() in taken:
-            number += 1
-            name = stem.with_name(f"{stem.name}-{number}")
-        taken.add(str(name).casefold())
-        sources.append((photo, args.output / name))
-
-    for photo in args.photos:
-        if is_url(photo):
-            name = Path(unquote(urlsplit(photo).path)).stem
-            add(photo, Path(re.sub(r"[^\w.-]+", "_", name).lstrip(".") or "photo"))
-        elif not os.path.isdir(photo):
-            add(photo, Path(Path(photo).stem))
-        else:
-            others = Counter()
-            for folder, subfolders, files in os.walk(photo):
-                names = [name for name in (*subfolders, *files) if not name.startswith(".")]
-                others["hidden ones"] += len(subfolders) + len(files) - len(names)
-                subfolders[:] = [
-                    name for name in sorted(subfolders) if name in names and Path(folder, name).resolve() != output
-                ]
-                if not args.recursive:
-                    others["folders, for which there is --recursive"] += len(subfolders)
-                    subfolders.clear()
-                for path in (Path(folder, name) for name in sorted(files) if name in names):
-                    if path.suffix.lower() in PHOTO_SUFFIXES | videos.SUFFIXES:
-                        add(str(path), path.relative_to(photo).with_suffix(""))
-                    else:
-                        others[f"files {path.suffix or 'without a suffix'}"] += 1
-            left_out += [f"{photo}: left out {number} {what}" for what, number in others.items() if number]
-    return sources, left_out
-
-
-def is_url(photo: str) -> bool:
-    return photo.startswith(("http://", "https://"))
-
-
-def is_video(photo: str) -> bool:
-    return not is_url(photo) and Path(photo).suffix.lower() in videos.SUFFIXES
 
 
 def check_outputs(sources: list[tuple[str, Path]], args: argparse.Namespace) -> None:
@@ -492,8 +432,14 @@ def frames(photo: str, stem: Path, focal: object, run: Run) -> Iterator[Shot]:
         report_failure(photo, error, run)
 
 
-def ignore_interrupts():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+def start_writers() -> ProcessPoolExecutor:
+    """Processes that finish the file they are at when Ctrl-C, which reaches all processes, ends the first one."""
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit
+    writers = ProcessPoolExecutor(WRITERS, get_context("spawn"))
+    for _ in range(WRITERS):
+        writers.submit(int)  # starts one
+    signal.signal(signal.SIGINT, interrupt)
+    return writers
 
 
 def print_records(records: Iterable[dict], run: Run, progress) -> list[dict]:
@@ -521,7 +467,7 @@ def run_all(run: Run, sources: list[tuple[str, Path]], focal_lengths: list) -> N
     shots = [Shot(photo, photo, stem, formats, focal) for photo, stem, focal in given if not is_video(photo)]
     progress = tqdm(unit="photo", total=None if films else len(shots), disable=len(sources) < 2 and not films)
     readers, decoder = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
-    writers = ProcessPoolExecutor(WRITERS, get_context("spawn"), ignore_interrupts)
+    writers = start_writers()
     try:
         print_records(predict_all(batched(shots, args.batch_size), run, readers, writers), run, progress)
         for photo, stem, focal in films:
@@ -539,7 +485,7 @@ def run_all(run: Run, sources: list[tuple[str, Path]], focal_lengths: list) -> N
 
 
 def start(args: argparse.Namespace) -> int:
-    sources, left_out = find_sources(args)
+    sources, left_out = find_sources(args.photos, args.output, args.recursive)
     for line in left_out:
         print(line, file=sys.stderr)
     if not sources:

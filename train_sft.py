@@ -24,13 +24,15 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
+from training.arguments import DepthSFTConfig, freeze
 from training.checkpoints import last_checkpoint, merge_adapters, register_code, save_example
 from training.data import DataArguments
 from training.encoding import Collator, Encoder
+from training.held_out import EvalSamples
 from training.plan import dry_run, set_length, shares, warnings
 from training.questions import RetentionWatch, score_questions
-from training.stream import EvalSamples, TrainingStream
-from training.trainer import DepthSFTConfig, DepthSFTTrainer, EpochCallback, freeze
+from training.stream import TrainingStream
+from training.trainer import DepthSFTTrainer, EpochCallback
 
 logger = logging.get_logger(__name__)
 

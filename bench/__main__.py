@@ -9,49 +9,59 @@ from pathlib import Path
 
 from . import sources
 from .ablate import add_ablate
-from .arguments import add_output, positive
+from .arguments import add_output, positive, shard_range
 from .report import add_report
 from .retention import add_retention
 from .sources._base import AbsentSplit, BadFrame, Source
 
 
-def add_build(commands) -> None:
+def add_build(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("build", help="raw folder -> Parquet shards and dataset card for load_dataset")
     parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
     parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: all that the source has")
-    parser.add_argument("--max-frames", type=positive, metavar="N", help="images a split, 1000 for test by default")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and points")
+    parser.add_argument("--max-frames", type=positive, metavar="N", help="images per split, 1000 for test by default")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of images and points")
     parser.add_argument("--keep-hidden", action="store_true", help="lidar: keep points behind a nearer surface")
     add_output(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="on Ray; default: one started here")
+    where.add_argument("--shard-range", type=shard_range, metavar="I/N", help="only the shards with number %% N == I")
+    where.add_argument(
+        "--finish", action="store_true", help="after all of --shard-range: write the record and the card"
+    )
     parser.set_defaults(run=run_build)
 
 
-def run_build(args) -> int:
+def run_build(args: argparse.Namespace) -> int:
     from . import build
 
     source = sources.get(args.source)
     for split in [args.split] if args.split else source.splits:
         reader = build.SourceReader(source, args.raw, split, args.seed, args.keep_hidden)
         parameters, items = reader.plan(args.max_frames)
-        record = build.write_split(args.out, source, split, reader, parameters, items, args.num_proc, args.strict)
-        summarise(record)
+        how = {"ray": args.ray, "shard_range": args.shard_range, "finish": args.finish}
+        record = build.write_split(
+            args.out, source, split, reader, parameters, items, args.num_proc, args.strict, **how
+        )
+        if record:
+            summarise(record)
     return 0
 
 
-def add_import(commands) -> None:
+def add_import(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("import", help="the released annotation JSONL (or DepthLM's of iBims-1) -> shards")
     parser.add_argument("annotations", metavar="ANNOTATIONS.jsonl", type=Path)
-    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder that `image` starts from")
-    parser.add_argument("--depths", metavar="DIR", type=Path, help="folder that `depth_path` and masks start from")
-    parser.add_argument("--source", metavar="NAME", required=True, help="whose records they are")
+    parser.add_argument("--images", metavar="DIR", type=Path, required=True, help="folder of the records' `image`")
+    parser.add_argument("--depths", metavar="DIR", type=Path, help="folder of `depth_path` and of the masks")
+    parser.add_argument("--source", metavar="NAME", required=True, help="data set of the records")
     parser.add_argument("--split", choices=("train", "test"), default="test", help="train rows hold no points")
     parser.add_argument("--as-released", action="store_true", help="keep the released grid and ray distances")
     add_output(parser)
     parser.set_defaults(run=run_import)
 
 
-def run_import(args) -> int:
+def run_import(args: argparse.Namespace) -> int:
     from .annotations import AnnotationReader, import_annotations
 
     reader = AnnotationReader(sources.get(args.source), args.split, args.images, args.depths, args.as_released)
@@ -59,15 +69,15 @@ def run_import(args) -> int:
     return 0
 
 
-def add_sources(commands) -> None:
+def add_sources(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("sources", help="list the sources: licence, page, splits, range, folder layout")
     parser.set_defaults(run=run_sources)
 
 
-def run_sources(args) -> int:
+def run_sources(args: argparse.Namespace) -> int:
     for name in sources.names():
         source = sources.get(name)
-        splits = ", ".join(f"{split} = {' + '.join(own)}" for split, own in source.splits.items())
+        splits = ", ".join(f"{split} = {' + '.join(parts)}" for split, parts in source.splits.items())
         low, high = source.depth_range
         print(f"{name}: {source.title}\n  licence: {source.licence}\n  page: {source.page}")
         print(f"  splits: {splits}\n  depth: {low}–{high} m, stored x {source.depth_scale:g}")
@@ -75,15 +85,15 @@ def run_sources(args) -> int:
     return 0
 
 
-def add_check(commands) -> None:
-    parser = commands.add_parser("check", help="does a raw folder look right? a frame of each split is read")
-    parser.add_argument("source", metavar="SOURCE")
-    parser.add_argument("--raw", metavar="DIR")
+def add_check(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("check", help="check a raw folder: one frame per split is read")
+    parser.add_argument("source", metavar="SOURCE", help="see `python -m bench sources`")
+    parser.add_argument("--raw", metavar="DIR", help="the data set's folder; `procedural` needs none")
     parser.add_argument("--split", choices=("train", "test"), help="one split; default: those that the folder has")
     parser.set_defaults(run=run_check)
 
 
-def run_check(args) -> int:
+def run_check(args: argparse.Namespace) -> int:
     from . import build
 
     source = build.open_source(sources.get(args.source), args.raw)
@@ -139,9 +149,11 @@ def describe_frame(source: Source, split: str) -> str:
     )
 
 
-def add_verify(commands) -> None:
-    parser = commands.add_parser("verify", help="are built shards and results still what was written?")
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="of `build`, `import` or `evaluate`")
+def add_verify(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("verify", help="check built shards and results against their hashes")
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", type=Path, help="what `build`, `import` or `evaluate` wrote"
+    )
     parser.set_defaults(run=run_verify)
 
 
@@ -157,7 +169,7 @@ def run_verify(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score a model on built test rows; under accelerate launch too",
@@ -168,9 +180,15 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--sources", nargs="+", metavar="NAME", help="default: all that have test rows")
     parser.add_argument("--mode", choices=("points", "dense"), default="points", help="default: points")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default: results/MODEL")
-    parser.add_argument("--batch-size", type=positive, default=4, metavar="N", help="images per call; default: 4")
-    parser.add_argument("--max-points", type=positive, metavar="N", help="in all, evenly spread; default: every point")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
+    parser.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="images per forward pass; default: 4"
+    )
+    parser.add_argument(
+        "--max-points", type=positive, metavar="N", help="score N points in all, evenly spread; default: every point"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="dtype of the model"
+    )
     parser.add_argument("--as-released", action="store_true", help="the released scorer's conventions, see the card")
     parser.add_argument("--skip-bad", action="store_true", help="leave out and count rows that cannot be scored")
     parser.add_argument(
@@ -180,7 +198,7 @@ def add_evaluate(commands) -> None:
         metavar="N",
         help="processes that prepare images; in dense mode, N more that score maps",
     )
-    parser.add_argument("--save-marked", type=positive, metavar="N", help="pictures of N images as a VLM is shown them")
+    parser.add_argument("--save-marked", type=positive, metavar="N", help="save N images as a VLM is shown them")
     parser.add_argument("--yes", action="store_true", help="paid contestants: ask; default: print the estimate alone")
     parser.set_defaults(run=run_evaluate)
 
@@ -236,10 +254,10 @@ def print_summary(summary: dict, out: Path) -> None:
     print_scores("mean", summary["mean"], f"of {len(summary['sources'])} sources; all in {out}")
 
 
-def add_rescore(commands) -> None:
+def add_rescore(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("rescore", help="compute the scores of `evaluate` again, from its saved predictions")
     parser.add_argument("folder", metavar="RESULTS", type=Path)
-    parser.add_argument("--data", metavar="DIR_OR_ID", help="what was evaluated, for maps; default: where it was then")
+    parser.add_argument("--data", metavar="DIR_OR_ID", help="the benchmark that was evaluated, if it has moved")
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that score maps")
     parser.set_defaults(run=run_rescore)
 

@@ -4,6 +4,7 @@ Each row is a file of configs/ablations: what it changes of the tiny model and o
 seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": 
 METRICS |= {f"questions_{kind}": kind for kind in KINDS}
 
 
-def add_ablate(commands) -> None:
+def add_ablate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("ablate", help="tables 4 to 7 of the paper in miniature, on `procedural`")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="data, runs and tables go here")
     parser.add_argument("--tables", type=int, nargs="+", choices=TABLES, default=list(TABLES))
@@ -58,7 +59,7 @@ def add_ablate(commands) -> None:
     parser.set_defaults(run=run_ablate)
 
 
-def run_ablate(args) -> int:
+def run_ablate(args: argparse.Namespace) -> int:
     changes = {"max_steps": args.steps} if args.steps else {}
     if args.words:
         rows = read_rows(ROWS.parent / "depth_for_words")
@@ -259,8 +260,8 @@ def train(out: Path, stage: str, settings: dict) -> Path:
     scores = {}
     for file in ("eval_results.json", "questions_results.json"):
         if (folder / file).exists():
-            found = json.loads((folder / file).read_text())
-            scores |= {METRICS[name]: value for name, value in found.items() if name in METRICS}
+            metrics = json.loads((folder / file).read_text())
+            scores |= {METRICS[name]: value for name, value in metrics.items() if name in METRICS}
     if settings.get("depth_weight") != 0 and not {"delta1", "abs_rel"} <= scores.keys():
         raise ValueError(f"{folder / 'eval_results.json'} has no delta1 and abs_rel; delete the folder and run again")
     for checkpoint in folder.glob("checkpoint-*"):
@@ -288,7 +289,7 @@ NOTES = {
 def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames: int, changes: dict) -> str:
     """Write out/ablations.md and out/tableN.csv; returns the Markdown. results: as `ablate` returns them."""
     seeds = sorted(next(iter(results.values())))
-    steps = f"{changes['max_steps']} steps a stage" if "max_steps" in changes else "the rows' own steps"
+    steps = f"{changes['max_steps']} steps per stage" if "max_steps" in changes else "the rows' own steps"
     text = [
         "# Tables 4 to 7 of the paper, in miniature\n",
         f"{frames} frames, {steps}, seeds {', '.join(map(str, seeds))}. δ1 and AbsRel are the trainer's: over the "

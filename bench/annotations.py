@@ -74,11 +74,11 @@ class AnnotationReader:
         listed = Frame(
             f"{frame.id}/{name}", text(record, "scene") or text(record, "scene_id") or "", text(record, "camera") or ""
         )
-        row, words = build.make_row(self.source, self.split, listed, Sample(image, depth, intrinsics))
+        row, stored = build.make_row(self.source, self.split, listed, Sample(image, depth, intrinsics))
         row["depth_type"] = kind
         if self.split == "test":
             row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
-        return row, words
+        return row, stored
 
     def _official(self, record: dict, size: tuple[int, int]):
         """Intrinsics (px of the image), depth (h, w) and points (u, v, depth) of an official record."""
@@ -133,17 +133,17 @@ class AnnotationReader:
         if not path:
             raise BadFrame("the record has no depth_path")
         if record.get("depth_format") == "binary_float32":
-            stored = inside(self.depths, path.lstrip("/")).stat().st_size
-            if stored != 4 * width * height:
-                raise BadFrame(f"{path} has {stored} bytes, not {width} x {height} float32")
+            size_in_bytes = inside(self.depths, path.lstrip("/")).stat().st_size
+            if size_in_bytes != 4 * width * height:
+                raise BadFrame(f"{path} has {size_in_bytes} bytes, not {width} x {height} float32")
             depth = np.frombuffer(read(self.depths, path), dtype="<f4").reshape(height, width) / np.float32(scale)
             if np.isnan(depth).any() or (depth < 0).any():
                 raise BadFrame(f"{path} holds NaN or negative depth")
         elif record.get("depth_format") is None:
-            words = decode16(read(self.depths, path), path)
-            if words.shape != (height, width):
-                raise BadFrame(f"{path} is {words.shape[::-1]}, its record says {size}; --depths holds other files")
-            depth = sun.metres(words) if rotated else words.astype(np.float32) / np.float32(scale)
+            stored = decode16(read(self.depths, path), path)
+            if stored.shape != (height, width):
+                raise BadFrame(f"{path} is {stored.shape[::-1]}, its record says {size}; --depths holds other files")
+            depth = sun.metres(stored) if rotated else stored.astype(np.float32) / np.float32(scale)
         else:
             raise BadFrame(f"depth_format {record['depth_format']!r} is not known")
         low, high = self.source.depth_range
@@ -233,7 +233,7 @@ def number(record: dict, key: str) -> float:
     return float(value)
 
 
-def numbers(values, key: str) -> list[float]:
+def numbers(values: object, key: str) -> list[float]:
     if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise BadFrame(f"{key} must be a list of numbers")
     if not all(-1e9 < value < 1e9 for value in values):
@@ -251,7 +251,7 @@ def size_of(record: dict, key: str) -> tuple[int, int]:
     return tuple(value)
 
 
-def points_of(record: dict, size: tuple[int, int]):
+def points_of(record: dict, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Columns and rows (n,) int in a grid of `size` and metres (n,) float64 of a record's points."""
     pairs, metres = record.get("pixel_coords"), numbers(record.get("depth"), "depth")
     if not isinstance(pairs, list) or len(pairs) != len(metres) or not pairs:

@@ -14,6 +14,7 @@ import pandas
 import pyarrow.parquet
 
 from . import figures, intervals, metrics, scoring
+from .geometry import change_grid
 from .paper import MEASURED
 from .results import Group, Results, Scored, score_of
 from .tables import Row, Score, Table, markdown_text
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 DEPTH_EDGES = (0, 1, 2, 3, 5, 10, 20, 40, 80, np.inf)  # metres
 RANGES = [f"{low}–{high}" if np.isfinite(high) else f"> {low}" for low, high in pairwise(DEPTH_EDGES)]
 WORST = 12  # images of a contact sheet
+SPARSE = 0.2  # share of pixels with ground truth up to which an error map is drawn as dots
+DOTS = 500
 NO_ANSWER = "Points without an answer are wrong for δ1, whatever the protocol."
 
 
@@ -203,18 +206,11 @@ def camera_tables(group: Group, rows: dict[str, datasets.Dataset], records: list
 
 def evaluated_rows(group: Group, data: str) -> dict[str, datasets.Dataset]:
     """The rows that a group scored, by source. Raises ValueError where `data` holds others."""
-    from .rows import contents_of, open_sources  # here: it imports transformers, which takes seconds
+    from .rows import open_evaluated  # here: it imports transformers, which takes seconds
 
-    opened = open_sources(data, list(group.scored))
-    contents = contents_of(data, opened, group.runs[0].summary["protocol"]["as_released"])
-    for source, scored in group.scored.items():
-        evaluated, given = scored.data()["hash"], contents[source].hash
-        if evaluated != given:
-            raise ValueError(
-                f"{scored.runs[0].folder} was evaluated on other rows of {source} (hash {evaluated[:12]}) than {data} "
-                f"holds ({given[:12]}); pass --data with the former"
-            )
-    return opened
+    hashes = {source: scored.data()["hash"] for source, scored in group.scored.items()}
+    as_released = group.runs[0].summary["protocol"]["as_released"]
+    return open_evaluated(data, hashes, as_released, group.runs[0].folder)
 
 
 def worst_images(group: Group, out: Path, rows: dict[str, datasets.Dataset]) -> list[str]:
@@ -263,7 +259,7 @@ def point_errors(run: Results, row: dict) -> dict:
 
 
 def map_errors(run: Results, row: dict) -> dict:
-    """`errors` and `caption` of an image, from its saved map."""
+    """`errors`, or `points` where few pixels have ground truth, and `caption` of an image, from its saved map."""
     file = pyarrow.parquet.ParquetFile(run.folder / "maps" / f"{row['source']}.parquet")
     place = file.read(["id"])["id"].to_pylist().index(row["id"])  # a row group each
     (stored,) = file.read_row_group(place).to_pylist()
@@ -271,7 +267,13 @@ def map_errors(run: Results, row: dict) -> dict:
     answered = metrics.is_answer(prediction[depth > 0])
     right = metrics.is_right(prediction[depth > 0][answered], depth[depth > 0][answered])
     caption = f"δ1 {right.sum() / len(answered):.3f} of {len(answered)} pixels"
-    return {"errors": log_errors(prediction, depth), "labelled": depth > 0, "caption": captioned(row, caption)}
+    errors, labelled, shown = log_errors(prediction, depth), depth > 0, {"caption": captioned(row, caption)}
+    if labelled.mean() > SPARSE:
+        return shown | {"errors": errors, "labelled": labelled}
+    v, u = np.nonzero(labelled)  # lidar: single pixels would not be seen
+    chosen = np.linspace(0, len(u) - 1, min(len(u), DOTS)).astype(int)
+    u, v = u[chosen], v[chosen]
+    return shown | {"points": (*change_grid(u, v, depth.shape[::-1], row["size"]), errors[v, u])}
 
 
 def log_errors(prediction: np.ndarray, depth: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,6 +33,7 @@ from training.answers import best_constant
 
 from . import manifest, sampling
 from .files import open_whole, shared_folder
+from .remote import ray_workers
 from .sources._base import MAX_PIXELS, BadFrame, BadRaw, Frame, Sample, Source, open_image
 from .workers import Workers
 
@@ -174,12 +176,12 @@ class SourceReader:
 
     def __call__(self, frame: Frame, n_points: int) -> tuple[dict, np.ndarray]:
         source = _opened(self.source, self.raw, self.keep_hidden)
-        row, words = load_row(source, self.split, frame)
+        row, stored = load_row(source, self.split, frame)
         if n_points:
             named = self.seed, self.source.name, frame.id
-            points = sampling.draw_points(words, source.depth_scale, image_size(row), n_points, *named)
+            points = sampling.draw_points(stored, source.depth_scale, image_size(row), n_points, *named)
             row |= dict(zip(("points_u", "points_v", "points_depth"), points, strict=True))
-        return row, words
+        return row, stored
 
     def plan(self, max_frames: int | None = None) -> tuple[dict, Iterator[tuple[Frame, int]]]:
         """What decides the output, for the record; and the chosen frames, each with its number of points."""
@@ -230,7 +232,12 @@ def schema() -> pa.Schema:
 
 
 def write_shard(
-    reader, arrow: pa.Schema, path: Path, items: list[tuple[Frame, int]], build: dict, strict: bool
+    reader: Callable[[Frame, int], tuple[dict, np.ndarray]],
+    arrow: pa.Schema,
+    path: Path,
+    items: list[tuple[Frame, int]],
+    build: dict,
+    strict: bool,
 ) -> dict:
     """
     Write one shard, then its record, which is returned; of a shard that is finished, only read the record.
@@ -238,7 +245,7 @@ def write_shard(
     build: what the records of all shards have in common, with the `parameters`. Picklable, and any number of processes
     may write the same shard.
     """
-    frames = sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
+    frames = _digest(items)
     if record := _finished(path, frames, build):
         return record
     record = {"frames": frames, "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
@@ -247,7 +254,7 @@ def write_shard(
     def rows() -> Iterator[dict]:
         seen = set()
         for frame, n_points in items:
-            row, reason, words = read_row(reader, frame, n_points)
+            row, reason, stored = read_row(reader, frame, n_points)
             if row is None:
                 if strict:
                     raise Skipped(f"{frame.id}: {reason}")
@@ -257,8 +264,8 @@ def write_shard(
                 raise ValueError(f"two frames are called {row['id']!r}; a frame's id must be unique in its split")
             seen.add(row["id"])
             record["written"] += 1
-            record["pixels"] += words.size
-            record["valid_pixels"] += int(np.count_nonzero(words))
+            record["pixels"] += stored.size
+            record["valid_pixels"] += int(np.count_nonzero(stored))
             record["points"] += len(row["points_u"])
             for kind, answer in zip(row["qa"]["kind"], row["qa"]["answer"], strict=True):
                 answers[kind][answer] += 1
@@ -267,6 +274,10 @@ def write_shard(
     with open_whole(path) as file:
         hashes = _write_rows(file, arrow, rows())
     return manifest.write_record_beside(path, build | record | {"answers": answers, "rows": hashes})
+
+
+def _digest(items: list[tuple[Frame, int]]) -> str:
+    return sampling.digest([[frame.id, n_points] for frame, n_points in items]).hex()
 
 
 def _write_rows(file: IO, arrow: pa.Schema, rows: Iterator[dict]) -> dict[str, str]:
@@ -312,11 +323,17 @@ def write_split(
     items: Iterator[tuple[Frame, int]],
     num_proc: int = 1,
     strict: bool = False,
-) -> dict:
+    ray: str | None = None,
+    shard_range: tuple[int, int] | None = None,
+    finish: bool = False,
+) -> dict | None:
     """Write all shards of a split that are not finished yet, then the split's record, which is returned, and the card.
 
     parameters: what decides the output, with `images`, the number of items. A folder that was built with others is
     refused. strict: the first frame that cannot be used raises Skipped; otherwise it is listed in the record.
+    ray: the address of a Ray cluster (see `remote.connected`) whose workers write the shards, instead of num_proc
+    processes. shard_range: (I, N), write only the shards with number % N == I, and return None. finish: write no shard;
+    raises ValueError if one is missing.
     """
     from . import card  # here: it imports `datasets`, which takes a second that workers need not spend
     from .depthvlm_bench import VERSION
@@ -327,22 +344,37 @@ def write_split(
     build = {"source": source.name, "split": split, "parameters": parameters, "versions": manifest.versions()}
     images = parameters["images"]
     n_shards = math.ceil(images / SHARD_IMAGES)
+    paths = [folder / f"{split}-{i:05d}-of-{n_shards:05d}.parquet" for i in range(n_shards)]
+    sizes = [(i + 1) * images // n_shards - i * images // n_shards for i in range(n_shards)]
+    index, count = shard_range or (0, 1)
 
     def shards() -> Iterator[tuple[Path, list]]:
         rest = iter(items)
-        for i in range(n_shards):
-            path = folder / f"{split}-{i:05d}-of-{n_shards:05d}.parquet"
-            yield path, list(itertools.islice(rest, (i + 1) * images // n_shards - i * images // n_shards))
+        for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+            shard = list(itertools.islice(rest, size))
+            if i % count == index:
+                yield path, shard
         next(rest, None)  # runs the listing to its end, where `choose` checks that it has not changed
 
-    with shared_folder(Path(out), (f"{source.name}/.{split}*.tmp", ".README.md.*.tmp")):
+    # other machines' unfinished files are left alone: not every shared file system knows their locks
+    alone = ray is None and shard_range is None
+    with shared_folder(Path(out), (f"{source.name}/.{split}*.tmp", ".README.md.*.tmp") if alone else ()):
         _begin(folder / f"{split}.json", build)
+        if finish:
+            written = _read_records(shards(), build)
+        elif ray is not None and not all(path.with_suffix(".json").exists() for path in paths):
+            written = _run(reader, shards(), build, ray_workers(ray), strict)
+        elif num_proc > 1:
+            written = _run(reader, shards(), build, Workers(num_proc), strict)
+        else:
+            written = _run_here(reader, shards(), build, strict)
         records = {}
-        with tqdm(total=images, desc=f"{source.name}/{split}", unit="image", disable=None) as bar:
-            for path, record in _run(reader, shards(), build, num_proc, strict):
+        with tqdm(total=sum(sizes[index::count]), desc=f"{source.name}/{split}", unit="image", disable=None) as bar:
+            for path, record in written:
                 records[path] = record
                 bar.update(record["written"] + len(record["skipped"]))
-        paths = sorted(records)
+        if shard_range:
+            return None
         records = [records[path] for path in paths]
         skipped = [frame for record in records for frame in record["skipped"]]
         sums = {key: sum(record[key] for record in records) for key in ("written", "pixels", "valid_pixels", "points")}
@@ -409,22 +441,38 @@ def _check_parameters(path: Path, record: dict, build: dict) -> None:
 # Processes
 
 
-def _run(
-    reader, tasks: Iterator[tuple[Path, list]], build: dict, num_proc: int, strict: bool
-) -> Iterator[tuple[Path, dict]]:
-    """Write the shards in num_proc processes, with at most two shards a process listed ahead."""
+def _run_here(reader, tasks: Iterator[tuple[Path, list]], build: dict, strict: bool) -> Iterator[tuple[Path, dict]]:
     arrow = schema()
-    if num_proc == 1:
-        for path, items in tasks:
-            yield path, write_shard(reader, arrow, path, items, build, strict)
-        return
-    pending = {}
-    with Workers(num_proc) as pool:  # when it ends by Ctrl-C or a refusal, finished shards stay
+    for path, items in tasks:
+        yield path, write_shard(reader, arrow, path, items, build, strict)
+
+
+def _run(
+    reader, tasks: Iterator[tuple[Path, list]], build: dict, workers: AbstractContextManager, strict: bool
+) -> Iterator[tuple[Path, dict]]:
+    """Write the shards by a pool, with at most two shards per worker listed ahead."""
+    arrow, pending = schema(), {}
+    with workers as pool:  # when it ends by Ctrl-C or a refusal, finished shards stay
         for path, items in tasks:
             pending[pool.submit(write_shard, reader, arrow, path, items, build, strict)] = path
-            if len(pending) > 2 * num_proc:
+            if len(pending) > 2 * pool.size:
                 for done in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending.pop(done), done.result()
         while pending:
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(done), done.result()
+
+
+def _read_records(tasks: Iterator[tuple[Path, list]], build: dict) -> Iterator[tuple[Path, dict]]:
+    """The records of shards that other processes have written."""
+    missing = []
+    for path, items in tasks:
+        if record := _finished(path, _digest(items), build):
+            yield path, record
+        else:
+            missing.append(path.name)
+    if missing:
+        raise ValueError(
+            f"{path.parent} lacks {missing[0]}, the first of {len(missing)} shards; build them with --shard-range, or "
+            "leave --finish out"
+        )

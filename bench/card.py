@@ -48,7 +48,7 @@ def records_of(out: Path) -> list[dict]:
 def configs_of(records: list[dict]) -> list[dict]:
     """The card's `configs`: each source of some records, and the groups that have a source there."""
     splits = splits_of(records)
-    configs = {name: [(split, [name]) for split in found] for name, found in splits.items()}
+    configs = {name: [(split, [name]) for split in of_source] for name, of_source in splits.items()}
     groups = {name: [(split, members)] for name, (split, members) in groups_of(splits).items() if members}
     default = "paper_eval" if "paper_eval" in groups else next(iter(configs))
     return [_config(name, parts, name == default) for name, parts in (configs | groups).items()]

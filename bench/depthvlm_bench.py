@@ -72,7 +72,7 @@ _NAMES = sorted(path.stem for path in (Path(__file__).parent / "sources").glob("
 class BenchConfig(datasets.BuilderConfig):
     """data_dir: the raw folder; for a group, a folder with one raw folder per source, named like the source.
 
-    splits: which of "train" and "test" to prepare. max_frames: images a split and source, chosen evenly over scenes
+    splits: which of "train" and "test" to prepare. max_frames: images per split and source, chosen evenly over scenes
     and cameras (default: the paper's 1000 for test, at most 800 000 for train).
     """
 

@@ -54,7 +54,6 @@ OURS = "forward with depth"  # what peers' ratios are against
 ONE_POINT = "one point in words"
 POINT_TOKENS = 8  # of an answer like "3.27 meters"; DepthLM's own, with its thoughts, is many times longer
 ROOT = Path(__file__).resolve().parent.parent
-EVALUATED_AT_ONCE = 4  # photos; what `evaluate` does by default
 
 
 def config_4b(layers: int = 36, vision_layers: int = 24) -> DepthVLMConfig:
@@ -284,8 +283,8 @@ def training_steps(
     """A step of `train_sft.py`, up to the gradients, and the same one as one writes it down."""
     from trl.trainer.utils import add_fused_lm_head
 
+    from training.arguments import freeze
     from training.loss import add_depth_loss
-    from training.trainer import freeze
 
     model = random_model(config, dtype, device).train()
     freeze(model, STAGES[stage])
@@ -443,63 +442,6 @@ def loader_efficiency(checkpoint: str, size: tuple[int, int], images: int, repea
     }
 
 
-def evaluation_overhead(checkpoint: str, data: str, rounds: int = 3) -> dict:
-    """`python -m bench evaluate` against its forwards alone, over all points of `data`, both in this process.
-
-    The forwards alone are timed one batch after the other with nothing beside them: while `evaluate` reads and prepares
-    ahead, its own forwards share a CPU's cores with that. Both take turns, after a round of forwards that is not
-    counted; the seconds are of the round with the median overhead.
-    """
-    from . import evaluate, rows
-    from .contestants.depthvlm import DepthVLM
-
-    contestant, seconds = DepthVLM(checkpoint), []
-    forward = contestant.model.forward
-
-    def timed(*args, **kwargs):
-        start = time.perf_counter()
-        outputs = forward(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
-        return outputs
-
-    contestant.model.forward = timed
-    opened = rows.open_sources(data, None)
-    run = evaluate.Run(checkpoint, data, tuple(opened))
-    kept = rows.points_of(opened, run.mode, run.max_points)
-    chunks = [(name, start) for name, held in opened.items() for start in range(0, len(held), evaluate.CHUNK)]
-    batches = evaluate.Batches(run, contestant, opened, kept, chunks, EVALUATED_AT_ONCE)
-
-    def forwards_alone() -> float:
-        seconds.clear()
-        for number in range(len(batches)):
-            *_, prepared = batches[number]
-            contestant.maps(prepared)
-        return sum(seconds)
-
-    forwards_alone()
-    measured = []
-    for _ in range(rounds):
-        alone = forwards_alone()
-        seconds.clear()
-        with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            summary = evaluate.evaluate(run, contestant, Path(folder), EVALUATED_AT_ONCE)
-            whole = time.perf_counter() - start
-        measured.append((whole / alone - 1, whole, alone, sum(seconds)))
-    overhead, whole, alone, within = sorted(measured)[rounds // 2]
-    images = sum(source["images"] for source in summary["sources"].values())
-    return {
-        "images": images,
-        "images_per_second": images / whole,
-        "seconds": whole,
-        "forward_seconds_alone": alone,
-        "forward_seconds_within": within,
-        "overhead": overhead,
-        "overheads": [overhead for overhead, *_ in measured],
-        "machine": machine("cpu"),
-    }
-
-
 class WaitingModel:
     """A model on a device that takes `seconds` per photo and none of the CPU: what predict.py adds shows beside it."""
 
@@ -539,7 +481,7 @@ def prediction_overhead(photos: int = 64, seconds: float = 0.1, size: tuple[int,
         for index in range(count):
             Image.fromarray(np.roll(pixels, index, axis=1)).save(folder / f"{index:04d}.jpg", quality=92)
         args = predict.parse_args([str(folder), "--output", str(folder / "output")])
-        sources, _ = predict.find_sources(args)
+        sources, _ = predict.find_sources(args.photos, args.output, args.recursive)
         before, start = cpu_seconds(), time.perf_counter()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             everything = predict.Run(args, WaitingModel(seconds), processor, None, {})
@@ -602,28 +544,26 @@ def main(arguments=None):
     parser.add_argument("--new-tokens", type=int, default=8, help="length of the generated answer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peers", action="store_true", help="other ways to a depth map beside ours; 4 GB more")
-    train = "a step of both stages, and the loader; few --layers shorten vision too"
-    parser.add_argument("--train", action="store_true", help=train)
+    parser.add_argument("--train", action="store_true", help="a step of both stages, and the loader")
+    parser.add_argument(
+        "--vision-layers", type=int, default=24, help="of the --train steps: the 4B model's 24, or fewer"
+    )
     parser.add_argument("--images", type=int, default=2, help="per --train step and per batch of the loader")
     parser.add_argument("--photo", type=int, nargs=2, default=(1440, 1920), metavar=("HEIGHT", "WIDTH"), help="in px")
     parser.add_argument("--processor", default=str(ROOT), metavar="CHECKPOINT", help="of the loader; default: here")
-    parser.add_argument("--evaluate", nargs=2, metavar=("CHECKPOINT", "DATA"), help="what scoring adds to its forwards")
     parser.add_argument("--predict", action="store_true", help="what predict.py adds to a model of 0.1 s per photo")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     sizes = {"repeats": options.repeats, "new_tokens": options.new_tokens, "grid": tuple(options.grid)}
     if min(options.repeats, options.new_tokens, *options.grid) < 1:
         parser.error(f"got {sizes}; each must be at least 1")
-    if options.evaluate:
-        print(json.dumps(evaluation_overhead(*options.evaluate), indent=1))
-        return
     if options.predict:
         print(json.dumps(prediction_overhead(), indent=1))
         return
     report = {"layers": options.layers, "dtype": options.dtype, **sizes}
     if options.train:
         dtype = getattr(torch, options.dtype)
-        config = config_4b(options.layers, min(max(options.layers, 4), 24))  # what both steps share, kept short
+        config = config_4b(options.layers, options.vision_layers)
         settings = (config, tuple(options.grid), options.images, dtype, options.repeats)
         report |= {f"stage {stage}": training_efficiency(*settings, stage, options.device) for stage in STAGES}
         report["loader"] = loader_efficiency(options.processor, options.photo, options.images, options.repeats)

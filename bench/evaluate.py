@@ -2,9 +2,9 @@
 
 OUT holds `run.json` (what was asked), `parts/` (finished chunks), and at the end `predictions.parquet` (one row per
 point; in dense mode `images.parquet`, one row per image, and `maps/SOURCE.parquet`, the predicted maps) and
-`summary.json`. A chunk is a fixed run of a source's rows; each process takes every n-th, writes it whole or not at all,
-with its hash beside it, and skips what is finished. So any number of processes, killed and started again as often as
-you like, ends in the same files.
+`summary.json`. A chunk is a fixed run of a source's rows; each process takes the next unfinished one whenever it is
+free, and writes it whole or not at all, with its hash beside it. So a slow process holds nobody back, and any number of
+them, killed and started again as often as you like, ends in the same files.
 
 Images are read and prepared by other processes than the one that runs the model, and maps are scored by yet others.
 """
@@ -13,10 +13,11 @@ import hashlib
 import itertools
 import platform
 import re
+import secrets
 import sys
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.distributed import PrefixStore, distributed_c10d
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -37,11 +41,11 @@ from .contestants import _prompt
 from .contestants._base import Contestant
 from .depthvlm_bench import VERSION
 from .files import open_whole
-from .rows import BadRow, Contents, contents_of, open_sources, points_of, read_row, refuse
+from .rows import BadRow, Contents, contents_of, open_evaluated, open_sources, points_of, read_row, refuse
 from .workers import Workers, end_with_parent
 
 CHUNK = 16  # rows of a source that are finished together
-PENDING = 2  # chunks whose maps are being scored while the model goes on
+PENDING = 2  # chunks that are being scored and written while the model goes on
 DECIDING = ("*.safetensors", "*.jinja", "*config.json", "tokenizer.json")  # files of a checkpoint that make its answers
 
 
@@ -170,29 +174,32 @@ def evaluate(
 
     chunks = [(name, start) for name, rows in opened.items() for start in range(0, len(rows), CHUNK)]
     joined = {name for name in opened if manifest.record_beside(maps_file(out, name))} if run.mode == "dense" else set()
-    todo = [
-        chunk
-        for chunk in chunks[state.process_index :: state.num_processes]
-        if not is_done(out, chunk, run.mode, joined)
-    ]
+    looked_at = chunks[state.process_index :: state.num_processes]
+    unfinished = set(gather_object([chunk for chunk in looked_at if not is_done(out, chunk, run.mode, joined)]))
+    todo = [chunk for chunk in chunks if chunk in unfinished]
     batches = Batches(run, contestant, opened, kept, todo, batch_size if contestant.batch_safe else 1)
-    by_chunk = itertools.groupby(ahead(batches, num_proc) if todo else (), key=lambda batch: batch[0])
-    unfinished = deque()
-    with Workers(num_proc) as pool:
-        for chunk, parts in tqdm(by_chunk, total=len(todo), unit="chunk", disable=not state.is_main_process):
-            unfinished.append(predict(run, contestant, out, chunk, (part[1:] for part in parts), pool))
-            if len(unfinished) > (PENDING if run.mode == "dense" else 0):
-                finish(unfinished.popleft())
-        for part in unfinished:
-            finish(part)
-    state.wait_for_everyone()
+    prepared = ahead(batches, shares(len(todo), state), num_proc) if todo else ()
+    by_chunk = itertools.groupby(prepared, key=lambda batch: batch[0])
+    pending = deque()
+    with (
+        ThreadPoolExecutor(1) as writer,  # the model need not wait for the disk
+        Workers(num_proc) as pool,
+        tqdm(total=len(todo), unit="chunk", disable=not state.is_main_process) as bar,
+    ):
+        for chunk, parts in by_chunk:
+            part = predict(run, contestant, out, chunk, (batch[1:] for batch in parts), pool)
+            pending.append(writer.submit(finish, part))
+            if len(pending) > PENDING:
+                pending.popleft().result()
+            bar.update(todo.index(chunk) + 1 - bar.n)  # those before it are finished or with other processes
+        for part in pending:
+            part.result()
+        state.wait_for_everyone()
     return summarise(run, contestant, contents, kept, chunks, out) if state.is_main_process else None
 
 
-def processes():
+def processes() -> PartialState:
     """accelerate's state: this process among those that a launcher started, on CPUs too if there is nothing else."""
-    from accelerate import PartialState
-
     # a rank waits for the slowest, which may be asking an endpoint
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
@@ -226,11 +233,13 @@ class Batches:
 
     def __init__(self, run: Run, contestant: Contestant, opened: dict, kept: dict, chunks: list, batch_size: int):
         self.run, self.contestant, self.opened, self.kept = run, contestant, opened, kept
-        self.numbers = []
+        self.numbers, self.of_chunk = [], []  # the latter: a range of the former for each chunk
         for name, start in chunks:
+            first_batch = len(self.numbers)
             rows = [index for index in range(start, start + CHUNK) if index in kept[name]]
             for first in range(0, max(1, len(rows)), batch_size):
                 self.numbers.append(((name, start), rows[first : first + batch_size]))
+            self.of_chunk.append(range(first_batch, len(self.numbers)))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -254,11 +263,25 @@ class Batches:
         return (name, start), rows, bad, prepared
 
 
-def ahead(batches: Batches, num_proc: int) -> Iterator[tuple]:
-    """The batches in order, read and prepared by `num_proc` processes."""
+def shares(count: int, state: PartialState) -> Iterator[int]:
+    """The numbers below `count`, each for the one process that asks for it first."""
+    if state.num_processes == 1:
+        return iter(range(count))
+    name, *_ = gather_object([secrets.token_hex(8)])  # the main process's, for a counter of this call alone
+    counter = PrefixStore(name, distributed_c10d._get_default_store())
+    return itertools.takewhile(lambda number: number < count, (counter.add("next", 1) - 1 for _ in itertools.count()))
+
+
+def ahead(batches: Batches, chunks: Iterator[int], num_proc: int) -> Iterator[tuple]:
+    """
+    The batches of the chunks with these numbers, in order, read and prepared by `num_proc` processes, two batches each
+    before they are needed: so early is a chunk's number drawn.
+    """
     # forked, they share the contestant without a copy; macOS does not fork safely, and there all is done in line
     forks = {"num_workers": num_proc, "multiprocessing_context": "fork"} if sys.platform == "linux" else {}
-    return iter(DataLoader(batches, batch_size=None, collate_fn=tuple, worker_init_fn=end_with_parent, **forks))
+    numbers = itertools.chain.from_iterable(batches.of_chunk[chunk] for chunk in chunks)
+    options = {"batch_size": None, "collate_fn": tuple, "worker_init_fn": end_with_parent}
+    return iter(DataLoader(batches, sampler=numbers, **options, **forks))
 
 
 # Parts
@@ -275,7 +298,9 @@ class Part:
     scores: list[Future] | None = None
 
 
-def predict(run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool) -> Part:
+def predict(
+    run: Run, contestant: Contestant, out: Path, chunk: tuple[str, int], batches: Iterator, pool: Workers
+) -> Part:
     """Run the model on the batches of a chunk. Raises ValueError for a row that cannot be decoded, without skip_bad."""
     tables, maps, scores, unreadable = [scoring.POINTS.empty_table()], [scoring.MAPS.empty_table()], [], {}
     for rows, bad, prepared in batches:
@@ -434,16 +459,9 @@ def rescore(folder: Path, data: str | None = None, num_proc: int = 1) -> dict[st
 
 def score_maps(folder: Path, summary: dict, data: str, num_proc: int) -> pa.Table:
     """The scores of a run's saved maps, against the depth maps of `data`."""
-    opened = open_sources(data, list(summary["data"]))
-    contents = contents_of(data, opened, as_released=False)
-    scores = []
+    hashes, scores = {source: of["hash"] for source, of in summary["data"].items()}, []
     with Workers(num_proc) as pool:
-        for source, rows in opened.items():
-            if contents[source].hash != summary["data"][source]["hash"]:
-                raise ValueError(
-                    f"{folder} was evaluated on other rows of {source} (hash {summary['data'][source]['hash'][:12]}) "
-                    f"than {data} holds ({contents[source].hash[:12]}); pass --data with the former"
-                )
+        for source, rows in open_evaluated(data, hashes, False, folder).items():
             numbers = {name: index for index, name in enumerate(rows.select_columns(["id"])["id"])}
             maps = pq.ParquetFile(maps_file(folder, source))
             futures = deque()

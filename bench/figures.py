@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .tables import plain
@@ -103,10 +104,13 @@ def forest(names: Sequence[str], columns: Sequence[str], values: np.ndarray, bou
         value, (low, high) = values[:, column], bounds[:, :, column]
         errors = np.nan_to_num(np.stack([value - low, high - value]).clip(min=0))
         for place in places:
-            options = {"color": style(place)["color"], "elinewidth": 1.2, "capsize": 1.5}
-            panel.errorbar(value[place], place, xerr=errors[:, place : place + 1], fmt="o", markersize=2, **options)
+            options = {"color": style(place)["color"], "elinewidth": 0.8, "capsize": 2, "capthick": 0.8}
+            panel.errorbar(value[place], place, xerr=errors[:, place : place + 1], fmt="o", markersize=1.5, **options)
         panel.set_title(label(columns[column]))
-    axes[0].set(xlim=(-0.02, 1.02), xticks=[0, 0.5, 1], ylim=(len(names) - 0.5, -0.5))
+    low, high = np.nanmin(np.fmin(values, bounds[0])), np.nanmax(np.fmax(values, bounds[1]))
+    margin = 0.05 * (high - low) + 0.005
+    axes[0].set(xlim=(low - margin, high + margin), ylim=(len(names) - 0.5, -0.5))
+    axes[0].xaxis.set_major_locator(MaxNLocator(3))
     axes[0].set_yticks(places, map(label, names))
     return figure
 
@@ -114,14 +118,15 @@ def forest(names: Sequence[str], columns: Sequence[str], values: np.ndarray, bou
 def pair_matrix(names: Sequence[str], difference: np.ndarray, beyond: np.ndarray) -> Figure:
     """difference: (names, names) δ1 of the row minus that of the column; numbers, in hundredths, where `beyond`."""
     side = min(WIDTH - 2.1, 0.3 * len(names))  # beside the names, of at most 2 inches
-    figure = new_figure(side + 2.1, side + 0.3)
+    figure = new_figure(side + 2.1, side + 0.35)
     axes = figure.add_subplot()
     norm = CenteredNorm(halfrange=max(np.nanmax(np.abs(difference)), 1e-6))
-    axes.imshow(np.where(beyond, difference, np.nan), cmap="RdBu", norm=norm)
+    axes.imshow(np.where(beyond, difference, np.nan), cmap="RdBu", norm=norm, aspect="auto")
     for row, column in np.argwhere(beyond):
         value = difference[row, column]
         dark = abs(value) > 0.6 * norm.halfrange
-        axes.text(column, row, f"{100 * value:+.0f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
+        text = f"{100 * value:.{1 if abs(value) < 0.0095 else 0}f}".replace("-", "−").replace("0.", ".")
+        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="w" if dark else "k")
     axes.set_yticks(range(len(names)), [f"{label(name, 26)}  {place}" for place, name in enumerate(names, 1)])
     axes.set_xticks(range(len(names)), range(1, len(names) + 1))
     axes.xaxis.tick_top()
@@ -144,11 +149,13 @@ def depth_lines(
             if len(names) <= 4:
                 panel.fill_between(places, *bounds[:, index], color=style(index)["color"], alpha=0.15, linewidth=0)
         panel.set_title(f"{label(source)}, {points.sum()} points")
-    axes[0].set(ylim=(-0.03, 1.03), xlim=(-0.5, len(ranges) - 0.5))
-    axes[0].set_xticks(places, ranges)
+    used = np.flatnonzero(sum(points for _, _, points in sources.values()))
+    axes[0].set(ylim=(-0.03, 1.03), xlim=(used[0] - 0.5, used[-1] + 0.5))
+    axes[0].set_xticks(places[used], [ranges[place] for place in used])
     for panel in axes:
         panel.tick_params(axis="x", labelrotation=45)
-    figure.supylabel("δ1", fontsize=7)
+    for panel in axes[::3]:
+        panel.set_ylabel("δ1")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=6, frameon=False)
     return figure
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from depthvlm.files import open_whole
+from depthvlm.predictions.files import open_whole
 
 
 def read_json(path: str | Path, remedy: str) -> Any:

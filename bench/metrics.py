@@ -182,9 +182,9 @@ def boundary_f1(prediction: np.ndarray, depth: np.ndarray) -> float:
     for threshold in thresholds:
         precision = recall = 0.0
         for p, d in pairs:
-            found, real = p > threshold, d > threshold  # NaN is not above it
-            both = np.count_nonzero(found & real)
-            precision += both / max(np.count_nonzero(found), 1) / 4
+            predicted, real = p > threshold, d > threshold  # NaN is not above it
+            both = np.count_nonzero(predicted & real)
+            precision += both / max(np.count_nonzero(predicted), 1) / 4
             recall += both / max(np.count_nonzero(real), 1) / 4
         values.append(harmonic_mean(precision, recall))
     return float(np.average(values, weights=thresholds))

@@ -5,6 +5,7 @@ says otherwise is refused. Runs of different protocols (mode, scorer's conventio
 data are never put in one table. OUT gets report.md, report.csv, tables.tex, leaderboard.html and the figures.
 """
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -49,19 +50,21 @@ BEST = (
 )
 
 
-def add_report(commands) -> None:
+def add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="results of `evaluate` -> Markdown, CSV, LaTeX, HTML and figures")
     parser.add_argument("results", nargs="+", metavar="RESULTS", type=Path, help="folders of `evaluate`")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True)
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the report")
     parser.add_argument("--paper", action="store_true", help="the paper's tables, its rows beside the measured ones")
-    parser.add_argument("--data", metavar="DIR_OR_ID", help="what was evaluated: worst images, scores by camera")
+    parser.add_argument(
+        "--data", metavar="DIR_OR_ID", help="the benchmark that was evaluated, for worst images and cameras"
+    )
     parser.add_argument("--efficiency", metavar="FILE", type=Path, help="JSON of `python -m bench.efficiency --output`")
     parser.add_argument("--ablations", metavar="DIR", type=Path, help="the --out of `python -m bench ablate`")
     parser.add_argument("--vqa", metavar="FILE", type=Path, nargs="+", default=[], help="*_results.json of lmms-eval")
     parser.set_defaults(run=run_report)
 
 
-def run_report(args) -> int:
+def run_report(args: argparse.Namespace) -> int:
     print(report(args.results, args.out, args.paper, args.data, args.efficiency, args.ablations, args.vqa))
     return 0
 
@@ -121,7 +124,7 @@ def write(out: Path, notes: list[str], sections: list[tuple[str, list[Table | st
     write_text(out / "report.md", "\n\n".join(line.strip() for line in lines) + "\n")
     tables = [(title, [block for block in blocks if isinstance(block, Table)]) for title, blocks in sections]
     write_text(out / "leaderboard.html", page(notes, [(title, blocks) for title, blocks in tables if blocks]))
-    printed = ["% needs \\usepackage{booktabs}"]
+    printed = ["% needs \\usepackage{booktabs,graphicx}"]
     for table in (table for _, blocks in tables for table in blocks):
         fits = len(table.rows) <= PAGE
         printed.append(latex(table) if fits else f"% more than {PAGE} rows, in report.csv: {plain(table.title)}")

@@ -103,7 +103,7 @@ def read_table(file: Path, mode: str) -> pandas.DataFrame:
     return table
 
 
-def differences(computed, stated, name: str = "") -> Iterator[str]:
+def differences(computed: object, stated: object, name: str = "") -> Iterator[str]:
     """Where a summary's scores are not those of the predictions, but for the order of summation."""
     if isinstance(computed, dict) and isinstance(stated, dict):
         for key in dict.fromkeys([*computed, *stated]):

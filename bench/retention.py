@@ -16,7 +16,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 MODEL_TYPES = ("depthvlm", "qwen3_vl")
 
 
-def add_retention(commands) -> None:
+def add_retention(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("retention", help="base and tuned model on fixed questions: canned replies, agreement")
     parser.add_argument("--base", metavar="MODEL", required=True, help="what the tuned model was; a Qwen3-VL will do")
     parser.add_argument("--tuned", metavar="MODEL", required=True, help="a DepthVLM; its processor is used for both")

@@ -157,6 +157,18 @@ def contents_of(data: str, opened: dict[str, datasets.Dataset], as_released: boo
     return contents
 
 
+def open_evaluated(data: str, hashes: dict[str, str], as_released: bool, results: Path) -> dict[str, datasets.Dataset]:
+    """The rows that `results` are of, by source. Raises ValueError where those of `data` have other content hashes."""
+    opened = open_sources(data, list(hashes))
+    for source, held in contents_of(data, opened, as_released).items():
+        if held.hash != hashes[source]:
+            raise ValueError(
+                f"{results} was evaluated on other rows of {source} (hash {hashes[source][:12]}) than {data} holds "
+                f"({held.hash[:12]}); pass --data with the former"
+            )
+    return opened
+
+
 def build_record(data: str, name: str) -> dict:
     """What `build` or `import` recorded of a source's test rows; {} for data of the hub and of other tools."""
     path = Path(data) / name / "test.json"

@@ -14,8 +14,8 @@ import numpy as np
 from .geometry import change_grid
 from .sources._base import Frame
 
-IMAGES = {"train": 800_000, "test": 1000}  # the paper's number of images a set; all where there are fewer
-POINTS = 10_000  # scored points a set, divided over its images
+IMAGES = {"train": 800_000, "test": 1000}  # the paper's number of images per set; all where there are fewer
+POINTS = 10_000  # scored points per set, divided over its images
 
 
 def digest(*parts) -> bytes:
@@ -65,14 +65,16 @@ def points_of_image(index: int, images: int, total: int = POINTS) -> int:
     return total // images + (index < total % images)
 
 
-def draw_points(words: np.ndarray, depth_scale: float, image_size: tuple[int, int], n: int, *seed):
+def draw_points(
+    stored: np.ndarray, depth_scale: float, image_size: tuple[int, int], n: int, *seed: str | int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """n pixels of a depth map drawn without replacement among those that hold a depth; all where there are fewer.
 
-    words: uint16 (h, w), 0 = no depth. image_size: (W, H) of the image. seed: strings and numbers that name the frame.
+    stored: uint16 (h, w), 0 = no depth. image_size: (W, H) of the image. seed: strings and numbers that name the frame.
     Returns u, v (float32 px of the *image*, pixel-centre convention) and the depth as stored (float64 metres), each
     (n,), in raster order.
     """
-    valid = np.flatnonzero(words)
+    valid = np.flatnonzero(stored)
     n = min(n, len(valid))
     # Floyd's algorithm: n draws, whatever the size of the map. RandomState, because its stream is frozen by NumPy.
     random = np.random.RandomState(np.frombuffer(digest(*seed), dtype="<u4")).random_sample(n)
@@ -81,6 +83,6 @@ def draw_points(words: np.ndarray, depth_scale: float, image_size: tuple[int, in
         place = int(draw * (last + 1))
         places.add(last if place in places else place)
     picked = valid[sorted(places)]
-    rows, columns = np.divmod(picked, words.shape[1])
-    u, v = change_grid(columns, rows, words.shape[::-1], image_size)
-    return u.astype(np.float32), v.astype(np.float32), words.flat[picked] / depth_scale
+    rows, columns = np.divmod(picked, stored.shape[1])
+    u, v = change_grid(columns, rows, stored.shape[::-1], image_size)
+    return u.astype(np.float32), v.astype(np.float32), stored.flat[picked] / depth_scale

@@ -14,7 +14,8 @@ from . import manifest, metrics, released
 from .geometry import change_grid, change_grid_intrinsics, ray_per_z, read_map
 
 if TYPE_CHECKING:
-    from .contestants._base import Contestant
+    from .contestants._base import Contestant, Prepared
+    from .geometry import Intrinsics
 
 FORMAT = "depthvlm-bench-results/2"  # of summary.json and the tables beside it
 POINTS = pa.schema(
@@ -25,7 +26,9 @@ POINTS = pa.schema(
 MAPS = pa.schema([("id", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("depth", pa.large_binary())])
 
 
-def as_asked(prediction: np.ndarray, u, v, intrinsics, given: str, asked: str) -> np.ndarray:
+def as_asked(
+    prediction: np.ndarray, u: np.ndarray, v: np.ndarray, intrinsics: Intrinsics, given: str, asked: str
+) -> np.ndarray:
     """A depth of the quantity `given` ("z" or "ray") as the quantity `asked`, at (u, v) px of the image."""
     if given == asked:
         return prediction
@@ -33,7 +36,7 @@ def as_asked(prediction: np.ndarray, u, v, intrinsics, given: str, asked: str) -
     return prediction * factor if asked == "ray" else prediction / factor
 
 
-def checked_maps(contestant: Contestant, rows: list[dict], prepared) -> list[np.ndarray]:
+def checked_maps(contestant: Contestant, rows: list[dict], prepared: Prepared) -> list[np.ndarray]:
     """A contestant's maps, which must be of the images' sizes."""
     maps = contestant.maps(prepared)
     for row, depth in zip(rows, maps, strict=True):
@@ -45,7 +48,7 @@ def checked_maps(contestant: Contestant, rows: list[dict], prepared) -> list[np.
     return maps
 
 
-def predict_points(contestant: Contestant, rows: list[dict], prepared, as_released: bool) -> pa.Table:
+def predict_points(contestant: Contestant, rows: list[dict], prepared: Prepared, as_released: bool) -> pa.Table:
     """POINTS of some rows of `rows.read_row`; `prepared` is what the contestant made of their queries."""
     if contestant.dense:
         replies = []
@@ -79,7 +82,7 @@ def predict_points(contestant: Contestant, rows: list[dict], prepared, as_releas
     return pa.concat_tables(parts)
 
 
-def predict_maps(contestant: Contestant, rows: list[dict], prepared) -> list[np.ndarray]:
+def predict_maps(contestant: Contestant, rows: list[dict], prepared: Prepared) -> list[np.ndarray]:
     """Predicted depth on each row's depth map's grid (h, w), float16 metres, of the quantity that the row holds."""
     maps = []
     for row, depth in zip(rows, checked_maps(contestant, rows, prepared), strict=True):

@@ -112,11 +112,11 @@ LATEX |= {"|": "$|$", "δ": r"$\delta$", "±": r"$\pm$", "–": "--", "…": r"\
 
 
 def latex(table: Table) -> str:
-    """A `table*` with booktabs' rules; intervals are small, below the numbers."""
+    """A `table*` with booktabs' rules, shrunk if it is wider than the text; intervals are small, below the numbers."""
     width = len(table.labels) + len(table.columns)
     lines = [r"\begin{table*}", r"\centering\footnotesize\setlength{\tabcolsep}{3pt}\renewcommand{\arraystretch}{1.2}"]
     lines.append(rf"\caption{{{latex_text(' '.join([f'{table.title}.', *table.notes]))}}}")
-    lines.append(rf"\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(table.columns)}}}" + r" \toprule")
+    lines.append(rf"\sbox0{{\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(table.columns)}}}" + r" \toprule")
     if table.spans:
         spans = [rf"\multicolumn{{{columns}}}{{c}}{{{latex_text(name)}}}" for name, columns in table.spans]
         lines.append(" & " * len(table.labels) + " & ".join(spans) + r" \\")
@@ -127,14 +127,17 @@ def latex(table: Table) -> str:
             lines.append(rf"{rule}\multicolumn{{{width}}}{{l}}{{\textit{{{latex_text(group)}}}}} \\")
         for row in rows:
             lines.append(" & ".join([*map(latex_text, row.labels), *map(latex_cell, row.cells)]) + r" \\")
-    return "\n".join([*lines, r"\bottomrule \end{tabular}", r"\end{table*}"]) + "\n"
+    fitted = r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"
+    return "\n".join([*lines, rf"\bottomrule \end{{tabular}}}}{fitted}", r"\end{table*}"]) + "\n"
 
 
 def latex_cell(cell: Score | str) -> str:
     if isinstance(cell, str):
         return latex_text(cell)
     text = rf"\textbf{{{cell}}}" if cell.best else str(cell)
-    return rf"\shortstack[r]{{{text}\\\tiny {latex_text(cell.remark)}}}" if cell.remark else text
+    if not cell.remark:
+        return text
+    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{text}\\[-4pt]\tiny {latex_text(cell.remark)}\end{{tabular}}"
 
 
 def latex_text(text: str) -> str:

@@ -13,6 +13,7 @@ class Workers(ProcessPoolExecutor):
 
     def __init__(self, num_proc: int):
         super().__init__(num_proc, multiprocessing.get_context("spawn"), initializer=_begin)
+        self.size = num_proc
         self.processes = set()
 
     def submit(self, function, /, *args) -> Future:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from bench.arguments import positive
+from bench.arguments import positive, shard_range
 from bench.remote import connected, require_ray
 
 from .inputs import FORMATS, Input
@@ -41,18 +41,11 @@ def add_predict(commands) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--ray", nargs="?", const="local", metavar="ADDRESS", help="on Ray; default: one started here")
     where.add_argument(
-        "--shard-range", type=share, metavar="I/N", help="the shards with number % N == I, on this machine"
+        "--shard-range", type=shard_range, metavar="I/N", help="the shards with number % N == I, on this machine"
     )
     parser.add_argument("--actors", type=positive, default=1, metavar="N", help="models on Ray; default: 1")
     parser.add_argument("--readers", type=positive, default=1, metavar="N", help="readers on Ray; default: 1")
     parser.set_defaults(run=run_predict)
-
-
-def share(value: str) -> tuple[int, int]:
-    index, _, count = value.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"{value!r} is not I/N with I from 0 to N - 1")
-    return int(index), int(count)
 
 
 def run_predict(args) -> int:
@@ -148,12 +141,16 @@ def run_serve(args) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m cluster", description="DepthVLM past one machine; see docs/scale.md")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (add_predict, add_serve):
         add(commands)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = command_line().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:

@@ -9,15 +9,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from transformers import BatchFeature
 
-from bench.build import png
+from depthvlm.handler import depth_npz, depth_png, describe_camera
 from depthvlm.photos_depthvlm import open_image_file
 from depthvlm.processing_depthvlm import SYSTEM_PROMPT, DepthVLMProcessor
 
-from .photos import encode, intrinsics
+from .photos import encode
 from .settings import Settings
 from .waves import Depth, Sampling
 
-MAX_MILLIMETRES = 65535  # the farthest that a 16-bit PNG can store
 FocalLength = float | tuple[float, float]
 
 
@@ -177,16 +176,12 @@ def depth_reply(depth: Depth, encoding: str) -> list[dict]:
     """Per photo its map, in base64 under the name of its encoding, and its camera."""
     replies = []
     for metres, camera in zip(depth.maps, depth.cameras, strict=True):
+        camera = describe_camera(camera)
         if encoding == "png":
-            file = png(np.minimum(np.rint(metres * 1000), MAX_MILLIMETRES).astype(np.uint16))
+            file = depth_png(metres)
         else:
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, depth=metres.astype(np.float16))
-            file = buffer.getvalue()
-        height, width = camera["size"]
-        described = {"width": width, "height": height} | intrinsics(camera)
-        described["focal_length_source"] = camera["focal_length_source"]
-        replies.append({encoding: base64.b64encode(file).decode("ascii"), "camera": described})
+            file = depth_npz(metres.astype(np.float16), camera, compress=True)
+        replies.append({encoding: base64.b64encode(file).decode("ascii"), "camera": camera})
     return replies
 
 

@@ -1,4 +1,4 @@
-"""What Ray costs and what a service serves: `python -m cluster.efficiency predict` and `... serve URL`."""
+"""What a built frame costs, what Ray adds and what a service serves: `python -m cluster.efficiency COMMAND --help`."""
 
 import argparse
 import base64
@@ -14,9 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import build, sources
 from bench.arguments import positive
+from bench.build import png
+from bench.efficiency import config_4b, random_inputs, random_model
 from bench.evaluate import checkpoint_version
 from bench.remote import connected
 
@@ -25,12 +30,75 @@ from . import inputs, plan, predict
 QUESTION = "How far is the nearest thing from the camera, in meters?"
 
 
-def photo(seed: int, width: int, height: int) -> bytes:
-    """A JPEG of smooth blobs."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+def photo(seed: int, width: int, height: int, noise: float = 0.0) -> bytes:
+    """A JPEG of smooth blobs. noise: its standard deviation, of 255; with 4 files have a camera's size."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    if noise:
+        pixels = np.clip(pixels + generator.normal(0, noise, pixels.shape), 0, 255).astype(np.uint8)
     file = io.BytesIO()
-    Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(file, "jpeg", quality=90)
+    Image.fromarray(pixels).save(file, "jpeg", quality=90)
     return file.getvalue()
+
+
+def build_cost(frames: int, size: tuple[int, int], depth_size: tuple[int, int], valid: float) -> dict:
+    """
+    Core seconds and bytes per frame of a build from a folder of photos and depth maps, in one process.
+
+    valid: share of the depth maps' pixels that hold a measurement: 1 for a rendered set, 0.05 for a lidar.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        raw, (width, height) = Path(folder) / "raw", depth_size
+        for name in ("rgb", "depth"):
+            (raw / name).mkdir(parents=True)
+        generator = np.random.default_rng(0)
+        slope = np.linspace(2000, 6000, height)[:, None] + np.linspace(0, 500, width)
+        for number in range(frames):
+            (raw / "rgb" / f"{number:06d}.jpg").write_bytes(photo(number, *size, noise=4))
+            depth = (slope + generator.normal(0, 3, slope.shape)) * (generator.random(slope.shape) < valid)
+            (raw / "depth" / f"{number:06d}.png").write_bytes(png(depth.astype(np.uint16)))
+        (raw / "camera.json").write_text(json.dumps({"depth_scale": 1000, "focal_length": size[0]}))
+        source, out = sources.get("folder"), Path(folder) / "out"
+        reader = build.SourceReader(source, str(raw), "test")
+        parameters, items = reader.plan(frames)
+        start, cpu = time.perf_counter(), time.process_time()
+        record = build.write_split(out, source, "test", reader, parameters, items)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        stored = sum(file["bytes"] for file in record["files"])
+        photos = sum(path.stat().st_size for path in (raw / "rgb").iterdir())
+    return {
+        "frames": record["written"],
+        "core_seconds_per_frame": cpu / frames,
+        "seconds_per_frame": seconds / frames,
+        "bytes_per_frame": stored / frames,
+        "of_which_photo": photos / frames,
+    }
+
+
+def photo_cost(grid: tuple[int, int]) -> dict:
+    """
+    Floating-point operations of one photo of `grid` tokens (rows, columns) through the 4B model with depth, as PyTorch
+    counts them, and what one core of this CPU does. Of the layers, which are all alike, a few are run.
+    """
+    config, whole = config_4b(layers=3, vision_layers=4), config_4b()
+    model = random_model(config, torch.bfloat16, "cpu")
+    inputs = random_inputs(config, grid, torch.bfloat16, "cpu")
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        start = time.process_time()
+        model(**inputs, logits_to_keep=1)
+        core_seconds = time.process_time() - start
+    counted = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    missing = {
+        "language_model.layers.0": whole.text_config.num_hidden_layers - config.text_config.num_hidden_layers,
+        "visual.blocks.0": whole.vision_config.depth - config.vision_config.depth,
+    }
+    flops = counted["Global"] + sum(
+        number * counted[name] for end, number in missing.items() for name in counted if name.endswith(end)
+    )
+    tokens, per_core = inputs["input_ids"].shape[1], counted["Global"] / core_seconds
+    report = {"tokens": tokens, "teraflop": flops / 1e12, "core_gigaflop_per_second": per_core / 1e9}
+    return report | {"core_tokens_per_second": tokens * per_core / flops}
 
 
 def steady(reports: Iterator[dict]) -> dict:
@@ -43,7 +111,10 @@ def steady(reports: Iterator[dict]) -> dict:
 
 
 def ray_overhead(model: str, photos: int, width: int, height: int, shard_size: int, rounds: int) -> dict:
-    """The plain loop against Ray Data with one model and one reader, over the same photos, in turns."""
+    """
+    The plain loop against Ray Data with one model and one reader, over the same photos, in turns; and per photo what
+    reading and preprocessing takes of a core, and the bytes of its row.
+    """
     ways = {"plain loop": [], "Ray Data": []}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "photos"
@@ -67,9 +138,14 @@ def ray_overhead(model: str, photos: int, width: int, height: int, shard_size: i
                 else:
                     with connected("local"):
                         samples.append(steady(predict.on_ray(begun, shards, actors=1, readers=1)))
+        read, start = predict.Reader(begun), time.process_time()
+        loaded = [read(shard) for shard in shards[:4]]
+        reading = (time.process_time() - start) / sum(len(shard.rows) for shard in loaded)
+        stored = sum(begun.path(shard).stat().st_size for shard in shards) / photos
     speeds = {name: [sample["images_per_second"] for sample in samples] for name, samples in ways.items()}
     ratios = [plain / ray for plain, ray in zip(*speeds.values(), strict=True)]
-    return {"photos": photos, "images_per_second": speeds, "overhead": statistics.median(ratios) - 1}
+    report = {"photos": photos, "images_per_second": speeds, "overhead": statistics.median(ratios) - 1}
+    return report | {"reader_core_seconds_per_photo": reading, "bytes_per_photo": stored}
 
 
 def load(url: str, clients: int, requests: int, make: Callable[[int], tuple[str, dict]]) -> dict:
@@ -94,8 +170,8 @@ def load(url: str, clients: int, requests: int, make: Callable[[int], tuple[str,
     return {"clients": clients, "requests_per_second": len(seconds) / whole, "p50": p50, "p95": p95}
 
 
-def service_load(url: str, name: str, clients: int, requests: int, tokens: int, width: int, height: int) -> dict:
-    """Depth alone, and an answer with depth: one client that asks one at a time, then all at once."""
+def service_load(url: str, name: str, clients: list[int], requests: int, tokens: int, width: int, height: int) -> dict:
+    """Depth alone, and an answer with depth, for each number of clients; one client asks one at a time."""
 
     def url_of(number: int) -> str:
         return f"data:image/jpeg;base64,{base64.b64encode(photo(number, width, height)).decode()}"
@@ -110,14 +186,20 @@ def service_load(url: str, name: str, clients: int, requests: int, tokens: int, 
 
     report = {}
     for kind, make in (("depth", depth), ("answer with depth", chat)):
-        load(url, clients, 1, make)  # a warm-up
-        report[kind] = [load(url, 1, requests, make), load(url, clients, requests, make)]
+        load(url, max(clients), 1, make)  # a warm-up
+        report[kind] = [load(url, count, requests, make) for count in clients]
     return report
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m cluster.efficiency", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    built = commands.add_parser("build", help="core seconds and bytes per frame of `bench build`")
+    built.add_argument("--frames", type=positive, default=100)
+    built.add_argument("--depth-size", type=positive, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
+    built.add_argument("--valid", type=float, default=1.0, help="share of measured pixels; default: 1")
+    counted = commands.add_parser("photo", help="operations of one photo through the 4B model")
+    counted.add_argument("--grid", type=positive, nargs=2, default=(29, 39), metavar=("ROWS", "COLUMNS"), help="tokens")
     predicted = commands.add_parser("predict", help="what Ray Data adds to the plain loop, on one machine")
     predicted.add_argument("--model", default=".")
     predicted.add_argument("--photos", type=positive, default=2000)
@@ -126,13 +208,17 @@ def main(arguments: list[str] | None = None) -> None:
     served = commands.add_parser("serve", help="requests/s, p50 and p95 of a running service")
     served.add_argument("url", help="http://127.0.0.1:8000/v1")
     served.add_argument("--name", default="depthvlm", help="of the model")
-    served.add_argument("--clients", type=positive, default=16)
+    served.add_argument("--clients", type=positive, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
     served.add_argument("--requests", type=positive, default=20, help="of each client")
     served.add_argument("--tokens", type=positive, default=24, help="of an answer, at most")
-    for command in (predicted, served):
+    for command in (built, predicted, served):
         command.add_argument("--size", type=positive, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     options = parser.parse_args(arguments)
-    if options.command == "predict":
+    if options.command == "build":
+        report = build_cost(options.frames, options.size, options.depth_size, options.valid)
+    elif options.command == "photo":
+        report = photo_cost(tuple(options.grid))
+    elif options.command == "predict":
         report = ray_overhead(options.model, options.photos, *options.size, options.shard_size, options.rounds)
     else:
         report = service_load(

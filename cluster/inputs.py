@@ -22,10 +22,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from depthvlm.predict import PHOTO_SUFFIXES
+
 FORMATS = ("images", "parquet", "webdataset", "dataset")
-PHOTO_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .heic .heif .hif .tif .tiff .bmp .gif .jp2 .ppm .pgm".split()
-)
 LISTING = pa.schema(
     [("id", pa.string()), ("file", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
     + [("fx", pa.float64()), ("fy", pa.float64())]
@@ -104,7 +103,7 @@ def _file_system(source: Input) -> fsspec.AbstractFileSystem:
     return fsspec.core.url_to_fs(source.path)[0]
 
 
-def _files(source: Input, suffixes: frozenset[str]) -> list[tuple[str, str, int]]:
+def _files(source: Input, suffixes: set[str]) -> list[tuple[str, str, int]]:
     """(path, path below the input, bytes) of each file with one of the suffixes, hidden ones left out."""
     opened, root = fsspec.core.url_to_fs(source.path)
     files = []
@@ -132,7 +131,7 @@ def _list_parquet(source: Input) -> Iterator[pa.RecordBatch]:
             return path, below, opened.metadata.num_rows, table
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for path, below, count, table in pool.map(read, _files(source, frozenset([".parquet"]))):
+        for path, below, count, table in pool.map(read, _files(source, {".parquet"})):
             ids = [f"{below}#{row}" for row in range(count)]
             if source.id_column:
                 ids = [str(value) for value in table[source.id_column].to_pylist()]
@@ -157,7 +156,7 @@ def _list_tars(source: Input) -> Iterator[pa.RecordBatch]:
         return path, photos, [fields.get(key, {}) for _, key, _, _ in photos]
 
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        for path, photos, fields in pool.map(read, _files(source, frozenset([".tar"]))):
+        for path, photos, fields in pool.map(read, _files(source, {".tar"})):
             if photos:
                 ids, _, offsets, sizes = map(list, zip(*photos, strict=True))
                 columns = {name: [sample.get(name) for sample in fields] for name in source.focal_length_columns}

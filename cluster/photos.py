@@ -1,27 +1,17 @@
 """From single photos and conversations to batches for the model."""
 
-import numpy as np
 import torch
 from transformers import BatchFeature
 
-from depthvlm.processing_depthvlm import SYSTEM_PROMPT, DepthVLMProcessor
-
-
-def prompt(processor: DepthVLMProcessor, question: str | None) -> str:
-    """The text of one photo: the depth prompt, or a question."""
-    if question is None:
-        return processor.depth_text()
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    conversation = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": content}]
-    return processor.apply_chat_template(conversation, add_generation_prompt=True)
+from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 
 def encode(
     processor: DepthVLMProcessor, photos: list, text: str, focal_lengths=None, max_pixels: int | None = None
 ) -> BatchFeature:
     """
-    One row of a batch, from any process: the processor's, with 8-bit patches. photos: none, or one per placeholder of
-    `text`. Raises what the processor raises.
+    One row of a batch for any conversation, as `handler.encode_inputs` makes it of one photo. photos: none, or one per
+    placeholder of `text`. Raises what the processor raises.
     """
     if not photos:
         return processor(text=[text], return_tensors="pt")
@@ -58,10 +48,3 @@ def to_device(processor: DepthVLMProcessor, batch: BatchFeature, device) -> Batc
     if "pixel_values" in batch:
         batch["pixel_values"] = processor.normalize_patches(batch["pixel_values"])
     return batch
-
-
-def intrinsics(camera: dict) -> dict[str, float]:
-    """fx, fy, cx, cy in px of the photo, the centre of its first pixel being (0, 0)."""
-    height, width = camera["size"]
-    fx, fy = np.broadcast_to(camera["focal_length"], 2).tolist()
-    return {"fx": fx, "fy": fy, "cx": (width - 1) / 2, "cy": (height - 1) / 2}

@@ -8,6 +8,7 @@ processes on any number of machines, killed and started again as often as you li
 import functools
 import json
 import math
+import socket
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,7 +100,8 @@ def begin(settings: Settings, out: Path) -> Plan:
     Raises `ValueError` for a folder that holds another plan, or one of other photos.
     """
     listing = list_photos(settings.source)
-    record = _record(settings) | {"photos": len(listing), "listing": digest(listing)}
+    record = json.loads(json.dumps(asdict(settings)))
+    record |= {"photos": len(listing), "listing": digest(listing), "versions": versions()}
     file = out / "plan.json"
     if file.exists():
         begun = json.loads(file.read_text(encoding="utf-8"))
@@ -113,18 +115,23 @@ def begin(settings: Settings, out: Path) -> Plan:
         (out / "shards").mkdir(parents=True, exist_ok=True)
         with open_whole(out / "inputs.parquet") as content:
             pq.write_table(listing, content, row_group_size=LISTED_TOGETHER, compression="zstd")
-        versions = {name: version(name) for name in ("torch", "transformers", "numpy", "pillow", "pyarrow")}
-        write_json(file, record | {"versions": versions})
+        write_json(file, record)
     return Plan(settings, out, len(listing))
 
 
 def open_plan(out: Path) -> Plan:
-    """The plan that `begin` wrote, for another process."""
+    """The plan that `begin` wrote, for another process. Raises `ValueError` where it would write other bytes."""
     record = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    if record["versions"] != versions():
+        raise ValueError(
+            f"node {socket.gethostname()} has {versions()}, the plan is of {record['versions']}; install the same "
+            "versions on all nodes"
+        )
     fields = {name: record[name] for name in Settings.__dataclass_fields__}
     source = Input(**fields["source"] | {"focal_length_columns": tuple(fields["source"]["focal_length_columns"])})
     return Plan(Settings(**fields | {"source": source}), out, record["photos"])
 
 
-def _record(settings: Settings) -> dict:
-    return json.loads(json.dumps(asdict(settings)))
+def versions() -> dict[str, str]:
+    """Of the packages that decide a shard's bytes."""
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "pillow", "pyarrow")}

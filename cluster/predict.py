@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from bench.build import png
-from bench.evaluate import ahead
 from bench.files import open_whole, write_json
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+from depthvlm import handler
+from depthvlm.predict import in_background, load
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 from .inputs import read_photos
-from .photos import collate, encode, intrinsics, prompt, to_device
+from .photos import collate
 from .plan import Plan, Settings, open_plan
 
 ENDING = (MemoryError, ImportError)  # of the machine, not of a photo
@@ -70,8 +70,7 @@ class LoadedShard:
 def check(settings: Settings) -> None:
     """Raise what would fail for every photo: a model, a question or a budget that cannot be used."""
     processor = DepthVLMProcessor.from_pretrained(settings.model, trust_remote_code=False)
-    blank = Image.new("RGB", (64, 64))
-    encode(processor, [blank], prompt(processor, settings.question), max_pixels=settings.max_pixels)
+    handler.encode_inputs(processor, [Image.new("RGB", (64, 64))], settings.question, [None], settings.max_pixels)
 
 
 class Reader:
@@ -80,7 +79,6 @@ class Reader:
     def __init__(self, plan: Plan):
         self.plan = plan
         self.processor = DepthVLMProcessor.from_pretrained(plan.settings.model, trust_remote_code=False)
-        self.text = prompt(self.processor, plan.settings.question)
 
     def __call__(self, shard: int) -> LoadedShard:
         settings, listed = self.plan.settings, self.plan.inputs(shard)
@@ -104,10 +102,10 @@ class Reader:
         return LoadedShard(shard, rows, [to_numpy(batch) for batch in batches], positions)
 
     def encode(self, row: dict, photo) -> BatchFeature:
-        focal_length = self.plan.settings.focal_length
+        settings, focal_length = self.plan.settings, self.plan.settings.focal_length
         if row["fx"] is not None:
             focal_length = row["fx"] if row["fx"] == row["fy"] else (row["fx"], row["fy"])
-        return encode(self.processor, [photo], self.text, [focal_length], self.plan.settings.max_pixels)
+        return handler.encode_inputs(self.processor, [photo], settings.question, [focal_length], settings.max_pixels)
 
 
 class Predictor:
@@ -117,9 +115,7 @@ class Predictor:
         settings = plan.settings
         torch.set_num_threads(settings.threads)
         self.plan = plan
-        self.processor = DepthVLMProcessor.from_pretrained(settings.model, trust_remote_code=False)
-        model = DepthVLMForConditionalGeneration.from_pretrained(settings.model, dtype=settings.dtype)
-        self.model = model.to(settings.device).eval()
+        self.model, self.processor = load(settings.model, settings.device, settings.dtype)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.encoders = ThreadPoolExecutor(ENCODERS)
 
@@ -142,27 +138,20 @@ class Predictor:
     @torch.inference_mode()
     def predict(self, batch: dict) -> tuple[list[dict], list[np.ndarray]]:
         """Columns of each photo, without its depth, and its metres `(height, width)`."""
-        settings = self.plan.settings
-        inputs = to_device(self.processor, from_numpy(batch), self.model.device)
-        answers = [None] * len(inputs["input_ids"])
-        if settings.question is None:
-            outputs = self.model(**inputs, logits_to_keep=1)
-        else:
-            options = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
-            outputs = self.model.generate(**inputs, **options, return_dict_in_generate=True)
-            new_tokens = outputs.sequences[:, inputs["input_ids"].shape[1] :]
-            answers = [text.strip() for text in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
-        sizes = None
-        if settings.depth_size == "processed":
-            sizes = [camera["processed_size"] for camera in outputs.cameras]
-        depths = self.processor.post_process_depth_estimation(outputs, sizes)
-        fields = [
-            {"width": camera["size"][1], "height": camera["size"][0], "answer": answer}
-            | {"focal_length_source": camera["focal_length_source"]}
-            | intrinsics(camera)
-            for camera, answer in zip(outputs.cameras, answers, strict=True)
-        ]
-        return fields, [depth["predicted_depth"].cpu().numpy() for depth in depths]
+        settings, fields, depths = self.plan.settings, [], []
+        for camera, depth, answer in handler.predict(
+            self.model,
+            self.processor,
+            from_numpy(batch),
+            answers=settings.question is not None,
+            max_new_tokens=settings.max_new_tokens,
+            processed_size=settings.depth_size == "processed",
+        ):
+            camera = handler.describe_camera(camera)
+            del camera["processed_size"]
+            fields.append(camera | {"answer": answer})
+            depths.append(depth)
+        return fields, depths
 
 
 def to_numpy(batch: BatchFeature) -> dict:
@@ -200,16 +189,17 @@ def in_this_process(plan: Plan, shards: list[int]) -> Iterator[dict]:
     """One after the other; the next one is read meanwhile."""
     reader, predictor = Reader(plan), Predictor(plan)
     with ThreadPoolExecutor(1) as pool:
-        for loaded in ahead(pool.submit(reader, shard) for shard in shards):
-            yield predictor(loaded.result())
+        for loaded in in_background(map(reader, shards), pool):
+            yield predictor(loaded)
 
 
 def on_ray(plan: Plan, shards: list[int], actors: int, readers: int) -> Iterator[dict]:
     """
     By Ray Data, on the cluster that `ray.init` has connected to: one task per shard, on `readers` actors that read and
-    preprocess and up to `actors` actors with a model each, on a GPU with device "cuda".
+    preprocess and up to `actors` actors with a model each, on a GPU with device "cuda". Raises `OSError` if one fails.
     """
     from ray.data import ActorPoolStrategy, DataContext, from_items
+    from ray.exceptions import RayError
 
     settings = plan.settings
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -230,7 +220,11 @@ def on_ray(plan: Plan, shards: list[int], actors: int, readers: int) -> Iterator
         num_cpus=settings.threads,
         num_gpus=1 if settings.device == "cuda" else 0,
     )
-    yield from reports.iter_rows()
+    try:
+        yield from reports.iter_rows()
+    except RayError as error:
+        reason = str(error).strip().splitlines()[-1]  # of a traceback
+        raise OSError(f"a process on Ray failed ({reason}); finished shards are kept") from error
 
 
 class RayReader:
@@ -271,7 +265,11 @@ def run(plan: Plan, shards: list[int], reports: Iterator[dict]) -> None:
 
 
 def summarise(plan: Plan) -> dict:
-    """Count rows and statuses of a finished plan; writes OUT/summary.json. Raises `ValueError` if rows are missing."""
+    """
+    Count rows and statuses of a finished plan, write OUT/summary.json, and remove what killed processes left.
+
+    Raises `ValueError` if rows are missing.
+    """
 
     def count(shard: int) -> tuple[int, list[dict]]:
         table = pq.read_table(plan.path(shard), columns=["id", "status", "reason"])
@@ -285,4 +283,6 @@ def summarise(plan: Plan) -> dict:
     failed = [{"id": row["id"], "reason": row["reason"]} for _, rows in counted for row in rows]
     summary = {"photos": plan.photos, "failed": len(failed), "shards": plan.shards, "first_failed": failed[:NAMED]}
     write_json(plan.out / "summary.json", summary)
+    for unfinished in (plan.out / "shards").glob(".part-*.tmp"):
+        unfinished.unlink()
     return summary

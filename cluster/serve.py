@@ -18,8 +18,7 @@ from ray import serve
 from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.exceptions import HTTPException
 
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-from depthvlm.processing_depthvlm import DepthVLMProcessor
+from depthvlm.predict import load
 
 from . import api, waves
 from .api import ApiError
@@ -53,9 +52,7 @@ class DepthService:
     def __init__(self, settings: dict):
         self.settings = Settings(**settings)
         torch.set_num_threads(self.settings.threads)
-        self.processor = DepthVLMProcessor.from_pretrained(self.settings.model, trust_remote_code=False)
-        model = DepthVLMForConditionalGeneration.from_pretrained(self.settings.model, dtype=self.settings.dtype)
-        model = model.to(self.settings.device).eval()
+        model, self.processor = load(self.settings.model, self.settings.device, self.settings.dtype)
         max_batch_size, max_wait = self.settings.max_batch_size, self.settings.max_wait_ms / 1000
         self.waves = Counter("depthvlm_waves", "batches that were run")
         self.requests = Counter("depthvlm_wave_requests", "requests of all waves")

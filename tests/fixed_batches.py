@@ -10,8 +10,9 @@ from transformers import Qwen2TokenizerFast, TrainerCallback
 
 from depthvlm.modeling_depthvlm import DepthVLMSeen
 from depthvlm.processing_depthvlm import DepthVLMProcessor
+from training.arguments import DepthSFTConfig, freeze
 from training.data import DataArguments
-from training.trainer import DepthSFTConfig, DepthSFTTrainer, freeze
+from training.trainer import DepthSFTTrainer
 
 HEAD, ALL = ["depth_head"], ["language_model", "lm_head", "depth_head", "vision"]
 STAGE2 = ["language_model", "lm_head", "depth_head"]

@@ -29,8 +29,10 @@ def ray_environment() -> Iterator[dict[str, str]]:
         yield environment
         wait_for(lambda: not processes_of(folder), f"the end of {processes_of(folder)}", seconds=30)
     finally:
-        for process in processes_of(folder):
+        left = processes_of(folder)
+        for process in left:
             process.kill()
+        psutil.wait_procs(left, timeout=30)
         shutil.rmtree(folder)
 
 
@@ -46,18 +48,18 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [process for process in psutil.process_iter() if uses(process)]
 
 
-def start(environment: dict[str, str], *arguments, module: str = "cluster", **options) -> subprocess.Popen:
+def start(environment: dict[str, str], *arguments) -> subprocess.Popen:
     """`python -m cluster ARGUMENTS`; started elsewhere, so that workers find the package because it is installed."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+    command = [sys.executable, "-m", "cluster", *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment, cwd=environment["HOME"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run(environment: dict[str, str], *arguments, **options) -> str:
+def run(environment: dict[str, str], *arguments, seconds: float = PATIENCE) -> str:
     """The same, to its successful end; returns what it printed."""
-    process = start(environment, *arguments, **options)
-    output, _ = process.communicate(timeout=PATIENCE)
+    process = start(environment, *arguments)
+    output, _ = process.communicate(timeout=seconds)
     assert process.returncode == 0, output
     return output
 

@@ -43,7 +43,7 @@ def test_rows_are_the_papers():
 
 def test_rows_are_known_to_model_and_trainer():
     """Every field is the configuration's, and every stage's argument the trainer's."""
-    from training.trainer import PARTS
+    from training.arguments import PARTS
 
     known = set(DepthVLMConfig().to_dict())
     for row in ablate.read_rows().values():
@@ -62,7 +62,6 @@ def test_ill_written_row_is_refused(tmp_path):
         ablate.read_rows(tmp_path)
 
 
-@pytest.mark.slow
 def test_two_rows_end_to_end(tmp_path, monkeypatch):
     """Two heads trained by train_sft.py itself; a second call trains nothing and ends in the same tables."""
     rows = {name: ablate.read_rows()[name] | {"stages": ["stage1"]} for name in ("head_mlp", "ours")}
@@ -75,7 +74,7 @@ def test_two_rows_end_to_end(tmp_path, monkeypatch):
     assert heads == ["dpt", "mlp"]
     assert not list((tmp_path / "runs").glob("*/checkpoint-*"))  # gigabytes, over all rows
     text = ablate.write_tables(tmp_path, rows, results, [4], 2, FAST)
-    assert "0.695" in text and "Two-layer MLP" in text and "1 steps a stage" in text
+    assert "0.695" in text and "Two-layer MLP" in text and "1 steps per stage" in text
     with open(tmp_path / "table4.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [float(line["delta1 seed 0"]) for line in lines] == [results[name][0]["delta1"] for name in rows]

@@ -241,7 +241,6 @@ def test_the_card_s_fourteenth_source_builds(with_fourteenth, tmp_path):
     assert rows["id"][:] == ["a", "b"] and set(rows["points_depth"][0]) == {2.0}
 
 
-@pytest.mark.slow
 def test_script_and_shards_on_datasets_3(with_fourteenth, tmp_path):
     if not DATASETS3.exists():
         pytest.skip(f"no environment with datasets 3.6 at {DATASETS3.parents[1]}; see the Makefile")

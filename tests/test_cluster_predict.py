@@ -59,6 +59,14 @@ def metres(row):
     return np.asarray(Image.open(io.BytesIO(row["depth"]["bytes"]))) / row["depth_scale"]
 
 
+@pytest.fixture(autouse=True)
+def threads_of_other_tests():
+    """A plan's number of threads holds for the process, here that of the tests that follow too."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def expected():
     """Depth of a photo at a focal length, by the model and the processor alone."""
@@ -202,6 +210,16 @@ def test_other_photos_under_the_same_plan_are_refused(tmp_path, capsys):
     (photos / "0" / "00.jpg").unlink()  # as many as before, but not the same
     assert predict(photos, tmp_path / "out") == 2
     assert "listing" in capsys.readouterr().err
+
+
+def test_other_versions_are_refused(tmp_path, monkeypatch, capsys):
+    photos = write_folder(tmp_path / "photos", count=1)
+    predict(photos, tmp_path / "out")
+    monkeypatch.setattr(plan, "version", lambda name: "0.1")
+    assert predict(photos, tmp_path / "out") == 2
+    assert "now {'torch': '0.1'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="install the same versions on all nodes"):
+        plan.open_plan(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -377,3 +395,14 @@ for command in {[*commands, ["serve", "--model", str(ROOT)]]}:
     line = "error: Ray is missing: pip install 'depthvlm[ray]'"
     assert [text for text in run.stderr.splitlines() if text == line or text.isdecimal()] == ["0", line, "2", line, "2"]
     assert "Traceback" not in run.stderr
+
+
+# Costs
+
+
+def test_the_cost_of_a_build_is_of_its_files():
+    from cluster.efficiency import build_cost
+
+    cost = build_cost(4, (96, 64), (48, 32), valid=0.5)
+    assert cost["frames"] == 4 and cost["core_seconds_per_frame"] > 0
+    assert cost["of_which_photo"] < cost["bytes_per_frame"] < cost["of_which_photo"] + 2 * 48 * 32 + 20_000  # Parquet's

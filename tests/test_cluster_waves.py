@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.photos import collate, encode, prompt, to_device
+from cluster.photos import collate, encode, to_device
 from cluster.waves import Depth, End, Request, Sampling, WaveEngine
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
@@ -52,7 +52,7 @@ def photo(seed, size=(96, 64)):
 
 def ask(processor, seed, **options):
     """A request with a photo and a question of its own, and the queue of its events."""
-    text = prompt(processor, f"{QUESTIONS[seed % 4]} {seed}")
+    text = processor.depth_text(f"{QUESTIONS[seed % 4]} {seed}")
     row = encode(processor, [photo(seed, SIZES[seed // 4 % 4])], text, 200.0)
     events = queue.Queue()
     return Request(row, events.put, **{"sampling": GREEDY, "max_tokens": 16} | options), events

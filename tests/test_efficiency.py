@@ -1,19 +1,16 @@
 """bench/efficiency.py on a tiny model: what is compared is the same computation, and taking turns is fair."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from test_evaluate import make_row, write_bench
 from tiny import tiny_config, tiny_model
 
 from bench import efficiency
 from depthvlm.modeling_depthvlm import DepthVLMDPTHead
 
 GRID = (3, 4)
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -139,14 +136,6 @@ def test_table_and_file(report, monkeypatch, tmp_path, capsys):
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved["layers"] == 36 and saved["grid"] == [29, 39] and saved["dtype"] == "bfloat16"
     assert saved["seconds"] == report["seconds"] and saved["machine"]["torch"] == torch.__version__
-
-
-def test_evaluate_is_timed_against_its_forwards_alone(tmp_path):
-    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", index, 2) for index in range(5)])
-    found = efficiency.evaluation_overhead(str(ROOT), str(bench))
-    assert found["images"] == 5
-    assert 0 < found["forward_seconds_within"] < found["seconds"]
-    assert found["overhead"] == pytest.approx(found["seconds"] / found["forward_seconds_alone"] - 1)
 
 
 def test_predict_is_timed_around_a_model_that_only_waits():

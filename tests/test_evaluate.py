@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -9,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import datasets
@@ -30,7 +31,7 @@ from bench.contestants._base import Answer, Contestant, Query
 from bench.contestants.constant import Constant
 from bench.contestants.depthvlm import DepthVLM
 from bench.depthvlm_bench import FEATURES
-from bench.evaluate import Run
+from bench.evaluate import CHUNK, Run
 from bench.rows import contents_of, open_sources
 
 ROOT = Path(__file__).parents[1]
@@ -128,17 +129,22 @@ def test_constant_scores_as_a_plain_loop_does(bench, tmp_path):
     assert summary["mean"]["delta1"] == pytest.approx(sum(both) / 2, rel=1e-12)  # unweighted: 37 and 20 images
 
 
-@pytest.mark.parametrize(("name", "delta1", "points"), [("ibims1", 0.2648, 5000), ("scannetpp", 0.2850, 200)])
-def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
+def evaluate_two_metres(name: str, folder: Path) -> None:
+    """Import real frames, and write FOLDER/out by the commands of bench/README.md."""
     data = SHARED / name
     if not data.exists():
         pytest.skip(f"../shared/data/{name} is not there")
-    folders = ["--images", str(data), "--source", name, "--out", str(tmp_path / "data")]
+    folders = ["--images", str(data), "--source", name, "--out", str(folder / "data")]
     if name == "scannetpp":
         folders[1:2] = [str(data / "rgb"), "--depths", str(data / "depth")]
     assert main(["import", str(data / "annotations.jsonl"), *folders]) == 0
-    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    command = ["evaluate", "--model", "constant:2.0", "--data", str(folder / "data"), "--out", str(folder / "out")]
     assert main(command) == 0
+
+
+@pytest.mark.parametrize(("name", "delta1", "points"), [("ibims1", 0.2648, 5000), ("scannetpp", 0.2850, 200)])
+def test_two_metres_everywhere_on_real_frames(tmp_path, name, delta1, points):
+    evaluate_two_metres(name, tmp_path)
     scored = json.loads((tmp_path / "out" / "summary.json").read_text())["sources"][name]
     assert scored["points"] == points
     assert scored["metrics"]["delta1"] == pytest.approx(delta1, abs=1e-12)
@@ -515,20 +521,42 @@ run(Dies("2.0"), *sys.argv[1:])
 """
 
 
-def test_processes_share_the_images_exactly(bench, tmp_path, monkeypatch):
+UNEQUAL = """
+import json, sys, time
+from pathlib import Path
+from bench import evaluate
+from bench.contestants.constant import Constant
+from test_evaluate import run
+
+index = evaluate.processes().process_index
+
+class Counts(Constant):
     asked = []
 
-    class Counts(Constant):
-        def maps(self, queries):
-            asked.extend(query.id for query in queries)
-            return super().maps(queries)
+    def maps(self, queries):
+        time.sleep(0.02 if index else 1.0)
+        self.asked.extend(query.id for query in queries)
+        return super().maps(queries)
 
-    for index in range(3):
-        state = SimpleNamespace(process_index=index, num_processes=3, is_main_process=False, wait_for_everyone=list)
-        monkeypatch.setattr(evaluate, "processes", lambda state=state: state)
-        (tmp_path / str(index) / "parts").mkdir(parents=True)
-        assert run(Counts("2.0"), bench, tmp_path / str(index)) is None
-    assert len(asked) == len(set(asked)) == 57
+for number in range(2):
+    run(Counts("2.0"), sys.argv[1], f"{sys.argv[2]}/{number}", batch_size=8)
+Path(sys.argv[2], f"{index}.json").write_text(json.dumps(Counts.asked))
+"""
+
+
+def test_processes_share_the_images_exactly_and_a_slow_one_holds_nobody_back(tmp_path):
+    """Two runs one after the other, of 12 chunks each; the main process takes 50 times as long as the others."""
+    bench = write_bench(tmp_path / "bench", alpha=[make_row("alpha", number, 1) for number in range(12 * CHUNK)])
+    (tmp_path / "script.py").write_text(UNEQUAL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
+    command = [*launch, str(tmp_path / "script.py"), str(bench), str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    slow, *others = (json.loads((tmp_path / f"{index}.json").read_text()) for index in range(3))
+    assert Counter([*slow, *itertools.chain(*others)]) == Counter(dict.fromkeys(set(slow).union(*others), 2))
+    assert len(set(slow).union(*others)) == 12 * CHUNK
+    assert len(slow) <= 2 * 3 * CHUNK, "of 12 chunks a third is 4: the slow process took its share all the same"
 
 
 def test_what_failed_is_asked_again(bench, tmp_path):

@@ -4,7 +4,12 @@ import base64
 import importlib.util
 import io
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
+import textwrap
 import threading
 import urllib.error
 import urllib.request
@@ -183,6 +188,18 @@ def test_bad_requests_are_answered_with_a_sentence(address, photos, fault):
         post(address, request)
     assert refused.value.code == 400
     assert message in json.loads(refused.value.read())["error"]
+
+
+def test_the_readmes_request(address, photos, tmp_path):
+    if shutil.which("curl") is None:
+        pytest.skip("the README's request needs curl")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Serving")[1]
+    command = textwrap.dedent(re.search(r"    curl .*?\n    END\n", section, re.DOTALL)[0])
+    shutil.copy(photos / "0.jpg", tmp_path / "photo.jpg")
+    environment = os.environ | {"ENDPOINT": address, "HF_TOKEN": "token", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    reply = json.loads(done.stdout)
+    assert png_of(reply).shape == (120, 160) and isinstance(reply["answer"], str) and reply["camera"]["width"] == 160
 
 
 def test_every_save_holds_the_handler(tmp_path):

@@ -5,15 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ("configuration_depthvlm", "handler", "modeling_depthvlm", "photos_depthvlm", "processing_depthvlm")
-SCRIPTS = {"train_sft": 1, "predict": 2, "app": 2}  # root files that stand above training, the benchmark or the page
+# root files that stand above training, the benchmark or the page
+SCRIPTS = {"depthvlm.train_sft": 1, "depthvlm.predict": 2, "depthvlm.app": 2}
 
 
 def modules() -> dict[str, Path]:
     """Dotted name -> file, of every module of the project."""
     found = {f"depthvlm.{path.stem}": path for path in ROOT.glob("*.py")}
-    for package in ("training", "bench", "web"):
+    for package in ("predictions", "training", "bench", "web", "cluster"):
         for path in (ROOT / package).rglob("*.py"):
             parts = path.relative_to(ROOT).with_suffix("").parts
+            if package == "predictions":
+                parts = "depthvlm", *parts
             if "lmms" in parts:  # a distribution of its own
                 continue
             found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
@@ -51,11 +54,11 @@ def test_imports_have_no_circle():
 
 
 def test_arrows_point_one_way():
-    """Model files import each other alone; root scripts the model; training the model; bench anything below it."""
-    layers = {"depthvlm": 0, "training": 1, "bench": 2, "web": 2}
+    """Model files import each other alone; root scripts the model; training the model; bench and cluster all below."""
+    layers = {"depthvlm": 0, "training": 1, "bench": 2, "web": 2, "cluster": 3}
     for name, targets in graph().items():
         package, _, stem = name.partition(".")
-        layer = SCRIPTS.get(stem, layers[package.split(".")[0]])
+        layer = SCRIPTS.get(name, layers[package.split(".")[0]])
         for target in targets:
             assert layers[target.split(".")[0]] <= layer, f"{name} imports {target}"
             if package == "depthvlm" and stem in MODEL:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import signal
 import struct
 import subprocess
@@ -22,12 +23,14 @@ import pytest
 import torch
 from PIL import Image
 
+import convert_checkpoint
 import predict as script
 from bench import contestants
 from bench.contestants.depth_pro import DepthPro
 from bench.contestants.moge import MoGe
-from depthvlm import handler, outputs, videos
+from depthvlm import handler
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+from depthvlm.predictions import outputs, videos
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,21 +188,21 @@ def test_distance_beyond_the_png_is_counted(tmp_path):
     assert np.asarray(Image.open(tmp_path / "far_depth.png")).tolist() == [[1000, 65535, 65535, 65535]]
 
 
-def test_orientation_is_honoured_in_every_file(tmp_path):
+def test_orientation_is_honoured_in_every_file(run, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: stored rows are columns
     Image.new("RGB", (96, 64), "red").save(tmp_path / "photo.jpg", exif=exif)
-    run = predict(tmp_path / "photo.jpg", tmp_path=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "64x96 px" in run.stdout and "(assumed)" in run.stdout
-    assert Image.open(tmp_path / "out" / "photo_depth.png").size == (64, 96)
+    done = run("photo.jpg")
+    assert done.returncode == 0, done.stderr
+    assert "64x96 px" in done.stdout and "(assumed)" in done.stdout
+    assert Image.open(tmp_path / "output" / "photo_depth.png").size == (64, 96)
 
 
-def test_answer_comes_with_the_map(tmp_path):
+def test_answer_comes_with_the_map(run, tmp_path):
     Image.new("RGB", (96, 64), "blue").save(tmp_path / "photo.png")
-    run = predict(tmp_path / "photo.png", "--ask", "How many posts are there?", tmp_path=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "answer:" in run.stdout
+    done = run("photo.png", "--ask", "How many posts are there?")
+    assert done.returncode == 0, done.stderr
+    assert "answer:" in done.stdout
 
 
 def test_a_question_leaves_the_map_as_it_is(run, tmp_path):
@@ -346,10 +349,9 @@ def test_a_full_disk_names_the_file_and_leaves_no_half_one(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0, 2.0, 4.0, None])
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 1.0, 2.0, None])
 def test_an_interrupt_ends_quietly_at_any_time(tmp_path, seconds):
-    """Within the imports, and (None) while files are written."""
+    """From the first import that takes long on, and (None) while files are written."""
     for number in range(40):
         save_photo(tmp_path / f"{number}.png", seed=number)
     process = subprocess.Popen(
@@ -359,15 +361,14 @@ def test_an_interrupt_ends_quietly_at_any_time(tmp_path, seconds):
         start_new_session=True,
     )
     start = time.monotonic()
-    if seconds is None:
-        while not list(tmp_path.glob("out/*_depth.png")) and time.monotonic() - start < 100:
-            time.sleep(0.02)
-    else:
-        time.sleep(seconds)
-    if seconds == 0.05:  # the interpreter itself, before any line of ours
-        process.kill()
-        process.communicate()
-        return
+    maps = Path(f"/proc/{process.pid}/maps")
+
+    def under_way():
+        return "numpy" in maps.read_text() if seconds is not None else list(tmp_path.glob("out/*_depth.png"))
+
+    while not under_way() and time.monotonic() - start < 100:
+        time.sleep(0.02)
+    time.sleep(seconds or 0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
@@ -377,19 +378,37 @@ def test_an_interrupt_ends_quietly_at_any_time(tmp_path, seconds):
             Image.open(path).load()
 
 
+def test_the_readmes_commands(run, clip, tmp_path):
+    """From weights in another form, here the checkpoint's plain view, to files."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("**With photos**")[1].split("**With weights**")[0]
+    convert, predict = (line.split("python ")[1] for line in section.splitlines() if line.startswith("    python "))
+    convert_checkpoint.convert(ROOT, tmp_path / "released", to_qwen3_vl=True)
+    name, *arguments = shlex.split(convert.replace("JonnyYu828/DepthVLM-4B", "released"))
+    assert name == "convert_checkpoint.py" and convert_checkpoint.main(arguments) == 0
+    name, *arguments = shlex.split(predict)
+    (tmp_path / "folder").mkdir()
+    save_photo(tmp_path / "photo.jpg")
+    save_photo(tmp_path / "folder" / "other.jpg")
+    clip[0].rename("video.mp4")
+    done = run(*arguments)
+    assert name == "predict.py" and done.returncode == 0 and "answer: " in done.stdout, done.stderr
+    names = {str(name) for name in listing(tmp_path / "out")}
+    assert {"photo_depth.png", "other_color.png", "other.ply", "video_color.mp4"} < names
+
+
 # Which photos
 
 
-def test_one_bad_photo_is_named_and_the_rest_goes_on(tmp_path):
+def test_one_bad_photo_is_named_and_the_rest_goes_on(run, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (64, 48), "green").save(tmp_path / folder / "same.png")
     (tmp_path / "bad.jpg").write_text("no image")
     photos = [tmp_path / "a" / "same.png", tmp_path / "bad.jpg", tmp_path / "b" / "same.png"]
-    run = predict(*photos, tmp_path=tmp_path)
-    assert run.returncode == 1
-    assert "1 of 3 photos failed" in run.stderr and "bad.jpg" in run.stderr and "Traceback" not in run.stderr
-    assert {path.name for path in (tmp_path / "out").glob("*.ply")} == {"same.ply", "same-2.ply"}
+    done = run(*photos)
+    assert done.returncode == 1
+    assert "1 of 3 photos failed" in done.stderr and "bad.jpg" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name for path in (tmp_path / "output").glob("*.ply")} == {"same.ply", "same-2.ply"}
 
 
 def test_photos_that_are_too_much_for_memory_together_are_taken_one_by_one(tmp_path, monkeypatch, run):
@@ -457,8 +476,9 @@ def test_urls(run, tmp_path):
     written, failed = sorted(records(done.stdout), key=lambda record: "error" in record)
     assert written["files"] == ["output/a_photo.json"] and "404" in failed["error"]
     assert set(listing(tmp_path / "output")) == {Path("a_photo.json")}
-    stems = script.find_sources(script.parse_args(["http://x/y/..%2F..%2F.bashrc", "http://x/", "http://x/a%2Fb.png"]))
-    assert [str(stem) for _, stem in stems[0]] == ["output/bashrc", "output/photo", "output/b"]
+    urls = ["http://x/y/..%2F..%2F.bashrc", "http://x/", "http://x/a%2Fb.png"]
+    sources, _ = script.find_sources(urls, Path("output"), recursive=False)
+    assert [str(stem) for _, stem in sources] == ["output/bashrc", "output/photo", "output/b"]
 
 
 def test_heic(run, tmp_path):
@@ -685,20 +705,26 @@ def test_the_package_for_quantized_weights_is_named(run, tmp_path, monkeypatch):
     assert done.returncode == 2 and "pip install bitsandbytes" in done.stderr
 
 
+def test_a_bad_argument_is_refused_in_a_sentence(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.png")
+    done = predict(tmp_path / "photo.png", "--model", "no/such/folder/here", tmp_path=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "no/such/folder/here" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--focal-length", "-3"], "focal_lengths[0] is -3.0"),
         (["--max-pixels", "10"], "max_pixels is 10"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--model", "no/such/folder/here"], "no/such/folder/here"),
     ],
 )
-def test_bad_arguments_are_refused_in_a_sentence(arguments, said, tmp_path):
+def test_bad_arguments_are_refused_in_a_sentence(run, arguments, said, tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "photo.png")
-    run = predict(tmp_path / "photo.png", *arguments, tmp_path=tmp_path)
-    assert run.returncode in (1, 2)
-    assert said in run.stderr and "Traceback" not in run.stderr
+    done = run("photo.png", *arguments)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 REFUSED = {

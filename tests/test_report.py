@@ -14,12 +14,13 @@ import pandas
 import pytest
 from PIL import Image
 from scipy import stats
-from test_evaluate import SHARED, Unloaded, make_row, write_bench
+from test_evaluate import Unloaded, evaluate_two_metres, make_row, write_bench
 from test_evaluate import run as evaluate_run
 
 from bench import contestants, figures, manifest, metrics, paper, tables
 from bench.__main__ import main
-from bench.breakdowns import worst_first
+from bench.breakdowns import map_errors, worst_first
+from bench.contestants.constant import Constant
 from bench.report import add_report, report
 from bench.results import protocol, read_results
 from bench.scoring import FORMAT
@@ -380,22 +381,28 @@ def test_worst_images_and_cameras(tmp_path, mode):
         report([tmp_path / "run"], tmp_path / "out", paper=False, data=str(other))
 
 
+def test_errors_of_a_sparse_map_are_dots(tmp_path):
+    """Where few pixels have ground truth, such as lidar's: at their centres, in px of the image."""
+    row, places = make_row("alpha", 0, 8, depth_size=(32, 24)), [(3, 5), (20, 30), (23, 0)]
+    depth = np.zeros((24, 32), np.uint16)
+    for place in places:
+        depth[place] = 4000
+    evaluate_run(Constant("2.0"), write_bench(tmp_path / "data", alpha=[row | {"depth": Image.fromarray(depth)}]),
+                 tmp_path / "run", mode="dense")  # fmt: skip
+    stored = {"source": "alpha", "id": "row-000", "depth": depth, "depth_scale": 1000.0, "size": (64, 48)}
+    u, v, error = map_errors(read_results(tmp_path / "run"), stored)["points"]
+    assert list(zip(v, u, strict=True)) == [(2 * row + 0.5, 2 * column + 0.5) for row, column in places]
+    assert error == pytest.approx(np.log([0.5] * 3))
+
+
 @pytest.mark.parametrize(("name", "delta1", "images"), [("ibims1", 0.2648, 50), ("scannetpp", 0.2850, 20)])
 def test_two_metres_everywhere_on_real_frames_with_intervals(tmp_path, name, delta1, images):
-    data = SHARED / name
-    if not data.exists():
-        pytest.skip(f"../shared/data/{name} is not there")
-    folders = ["--images", str(data), "--source", name, "--out", str(tmp_path / "data")]
-    if name == "scannetpp":
-        folders[1:2] = [str(data / "rgb"), "--depths", str(data / "depth")]
-    assert main(["import", str(data / "annotations.jsonl"), *folders]) == 0
-    command = ["evaluate", "--model", "constant:2.0", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
-    assert main(command) == 0
-    assert main(["report", str(tmp_path / "run"), "--paper", "--out", str(tmp_path / "out")]) == 0
-    scored = [record for record in records_of(tmp_path / "out") if record["table"] == "scores"]
+    evaluate_two_metres(name, tmp_path)
+    assert main(["report", str(tmp_path / "out"), "--paper", "--out", str(tmp_path / "report")]) == 0
+    scored = [record for record in records_of(tmp_path / "report") if record["table"] == "scores"]
     record = next(record for record in scored if record["metric"] == "delta1")
     assert float(record["value"]) == pytest.approx(delta1, abs=1e-12) and int(record["images"]) == images
-    table = read_results(tmp_path / "run").table
+    table = read_results(tmp_path / "out").table
     unit = table.scene.astype(str).where(table.scene != "", table["id"].astype(str))
     right = table.assign(right=(table["gt"] > 1.6) & (table["gt"] < 2.5)).groupby(unit.to_numpy()).right
     se = stats.bootstrap(
@@ -681,7 +688,7 @@ def test_page_is_one_file_that_runs_its_own_script_alone(tmp_path):
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
 def test_latex_tables_compile(tmp_path):
     out = hostile_report(tmp_path)
-    document = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs}\begin{document}"
+    document = r"\documentclass{article}\usepackage[T1]{fontenc}\usepackage{booktabs,graphicx}\begin{document}"
     (out / "all.tex").write_text(document + r"\input{tables.tex}\end{document}")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"]
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, errors="replace")

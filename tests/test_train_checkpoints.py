@@ -134,6 +134,19 @@ def test_resume_true_goes_on_with_the_last_checkpoint(run, start, data, tmp_path
     ]
 
 
+def test_a_run_goes_on_with_another_number_of_workers(run, start, data, tmp_path):  # noqa: F811
+    """Through the Trainer, from what its checkpoint keeps: the counts of rows go on."""
+    output = tmp_path / "again"
+    shutil.copytree(run, output)
+    settings = arguments(start, data, output, **HEAD_ONLY | {"max_steps": 4, "dataloader_num_workers": 2})
+    settings["datasets"] = [{"path": data, "label": "rooms"}, {"path": data, "label": "streets"}]
+    run_here(settings | {"resume_from_checkpoint": "last"})
+    history = json.loads((last_checkpoint(output) / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "loss" in entry]
+    read = [24 * (entry["epochs/rooms"] + entry["epochs/streets"]) for entry in logged]
+    assert read == pytest.approx([2, 4, 6, 8], abs=0.01)  # two rows per step, before and after
+
+
 def test_weights_alone_are_no_checkpoint_to_resume_from(start, data, tmp_path):  # noqa: F811
     output = tmp_path / "weights"
     settings = arguments(start, data, output, **HEAD_ONLY, save_only_model=True)

@@ -18,8 +18,9 @@ from bench.depthvlm_bench import FEATURES
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 from training.data import DataArguments, DataSource, crop, read_sample
 from training.encoding import Collator, Encoder
+from training.held_out import EvalSamples
 from training.loss import separate
-from training.stream import EvalSamples, TrainingStream
+from training.stream import TrainingStream
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden_row.json"

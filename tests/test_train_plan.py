@@ -15,11 +15,12 @@ from test_train_script import arguments, data, run_here, start  # noqa: F401
 from tiny import tiny_config, tiny_model
 from trl import ModelConfig, TrlParser
 
-from training import plan
+from training import memory, plan
+from training.arguments import DepthSFTConfig
 from training.data import DataArguments
 from training.plan import Share
 from training.stream import TrainingStream
-from training.trainer import DepthSFTConfig, DepthSFTTrainer
+from training.trainer import DepthSFTTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -118,13 +119,13 @@ def test_activations_are_those_that_autograd_keeps():
     wide = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 400}
     model = tiny_model(text_config=wide, vision_config={"out_hidden_size": 256}).bfloat16()
     states = torch.randn(2, 100, 256, dtype=torch.bfloat16, requires_grad=True)
-    real = plan.saved_bytes(model.model.language_model, inputs_embeds=states, use_cache=False)
+    real = memory.saved_bytes(model.model.language_model, inputs_embeds=states, use_cache=False)
     with torch.device("meta"):
         empty = type(model)(model.config).bfloat16()
-    per_token = plan.activations_per_token(empty)
+    per_token = memory.activations_per_token(empty)
     assert per_token["layer"] * 200 * 6 == pytest.approx(real, rel=0.1)
     features = [torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
-    real = plan.saved_bytes(model.depth_head, features, (8, 8))
+    real = memory.saved_bytes(model.depth_head, features, (8, 8))
     assert per_token["head"] * 64 == pytest.approx(real, rel=0.15)
 
 
@@ -136,7 +137,7 @@ def test_memory_by_shapes(tmp_path):
     model = tiny_model()
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = total - sum(parameter.numel() for parameter in model.model.visual.parameters())
-    ddp, fsdp = plan.memory(tiny_config(), training_args, model_args, None, 64, 32, 16)
+    ddp, fsdp = memory.memory_per_rank(tiny_config(), training_args, model_args, None, 64, 32, 16)
     assert (ddp.weights, ddp.gradients, ddp.optimizer) == (4 * total, 4 * trained, 8 * trained)
     assert (fsdp.gradients, fsdp.optimizer) == (trained, 2 * trained)
     assert ddp.checkpoint == 4 * total + 8 * trained and fsdp.checkpoint == 12 * trained

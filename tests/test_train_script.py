@@ -18,14 +18,13 @@ from tiny import tiny_config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.utils import _apply_to_tensors
 
-from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
+from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 from train_sft import main
-from training.checkpoints import last_checkpoint, restore_class_name
+from training.arguments import DepthSFTConfig
+from training.checkpoints import last_checkpoint, register_code, restore_class_name
 from training.data import DataArguments
 from training.questions import RetentionWatch, is_right
-from training.trainer import DepthSFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = {
@@ -54,12 +53,7 @@ def start(tmp_path_factory):
     model = DepthVLMForConditionalGeneration(
         tiny_config(**ids, canonical_focal_length=processor.canonical_focal_length)
     )
-    for cls, auto_class in (
-        (DepthVLMConfig, "AutoConfig"),
-        (DepthVLMForConditionalGeneration, "AutoModelForImageTextToText"),
-        (DepthVLMProcessor, "AutoProcessor"),
-    ):
-        cls.register_for_auto_class(auto_class)
+    register_code()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

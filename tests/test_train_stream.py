@@ -19,8 +19,10 @@ from test_train_script import run_here
 
 from training.data import DataArguments, DataSource, load_sample, open_sample, row_counts
 from training.encoding import Collator, Encoder
+from training.held_out import EvalSamples
+from training.passes import Passes
 from training.rows import Rows
-from training.stream import EvalSamples, Passes, TrainingStream
+from training.stream import TrainingStream
 from training.trainer import DepthSFTTrainer
 
 

@@ -19,7 +19,7 @@ from fixed_batches import ALL, HEAD, STAGE2, make_batch, make_trainer, some_rows
 from trl.trainer.utils import add_fused_lm_head
 
 from training.loss import add_depth_loss
-from training.trainer import freeze
+from training.arguments import freeze
 
 STEPS = 3
 FULL = [make_batch([[(2, 3)], [(1, 2), (2, 2)]], labelled=(0, 2), seed=i) for i in range(STEPS)]

@@ -20,8 +20,9 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from trl import ModelConfig, TrlParser
 
 import train_sft
+from training.arguments import DepthSFTConfig
 from training.data import DataArguments
-from training.trainer import DepthSFTConfig, DepthSFTTrainer
+from training.trainer import DepthSFTTrainer
 
 
 class TrainerOnCPUs(DepthSFTTrainer):

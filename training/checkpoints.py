@@ -21,7 +21,7 @@ from trl import ModelConfig
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
-from depthvlm.outputs import color_png
+from depthvlm.predictions.outputs import color_png
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
 TRAINED, FROZEN = "trained_weights", "frozen_weights"  # folders: of each checkpoint, and of the run

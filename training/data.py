@@ -32,6 +32,7 @@ from .rows import Rows, open_rows
 KINDS = ("depth", "qa", "instruction")
 SAMPLINGS = ("sets", "rows")
 DEPTH_COLUMNS = ("id", "image", "depth", "depth_scale", "depth_type", "fx", "qa")
+Stored = Image.Image | dict | bytes | str  # an image as rows hold it, see `open_image`
 SHARED = ("max_pixels", "flip", "color_jitter", "focal_jitter")  # of a data set, else of all
 
 
@@ -267,7 +268,7 @@ def conversation(questions: list[tuple[str, str]]) -> list[dict]:
     return messages
 
 
-def open_image(image, root: str | None) -> Image.Image:
+def open_image(image: Stored, root: str | None) -> Image.Image:
     """
     An image as rows hold it, not yet decoded: bytes, a path below `root`, a data URL, a dict of `bytes` and `path` as
     `datasets` stores it, or a PIL image. Raises ValueError for a path that leads out of `root`, and for other URLs.
@@ -299,11 +300,11 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def decode(encoded, root: str | None = None) -> Image.Image:
+def decode(encoded: Stored, root: str | None = None) -> Image.Image:
     return upright(open_image(encoded, root))
 
 
-def read_depth(encoded, depth_scale: float, root: str | None = None) -> np.ndarray:
+def read_depth(encoded: Stored, depth_scale: float, root: str | None = None) -> np.ndarray:
     """`(h, w)`, z-depth in metres, 0 = no label."""
     values = np.asarray(decode(encoded, root))
     if values.ndim != 2 or values.dtype == np.uint8:

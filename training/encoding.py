@@ -20,7 +20,7 @@ class Encoder:
     exactly the answers, each with the token that ends it. max_length: tokens, beyond which a conversation is refused.
     """
 
-    def __init__(self, processor: DepthVLMProcessor, max_length: int | None = None):
+    def __init__(self, processor: DepthVLMProcessor, max_length: int | None = None) -> None:
         self.processor, self.max_length = processor, max_length
 
     def measure(self, sample: dict) -> float:
@@ -131,7 +131,7 @@ class Collator:
     - `row_sets`, `image_sets`: index of the data set of each row and of each image.
     """
 
-    def __init__(self, processor: DepthVLMProcessor):
+    def __init__(self, processor: DepthVLMProcessor) -> None:
         self.padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100, "mm_token_type_ids": 0}
         self.patch_size = processor.image_processor.patch_size
 

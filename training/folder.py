@@ -31,7 +31,7 @@ class RGBDFolder:
     is listed too, so that whoever reads it meets that.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         camera = self.read_object(CAMERA)
         if missing := {"depth_scale", "focal_length"} - camera.keys():
@@ -110,5 +110,5 @@ def stem(file: str) -> str:
     return file.rpartition(".")[0]
 
 
-def is_positive(value) -> bool:
+def is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0

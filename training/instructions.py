@@ -101,5 +101,5 @@ def read_part(part: str | dict) -> tuple[dict, object]:
     return {"type": "image"}, image
 
 
-def as_list(images) -> list:
+def as_list(images: object) -> list:
     return list(images) if isinstance(images, (list, tuple)) else [images]

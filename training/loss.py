@@ -89,7 +89,7 @@ def add_depth_loss(
         seen = DepthVLMSeen()  # made here: DDP and FSDP would hand on a copy
         if isinstance(self.depth_head, FSDPModule):
             raise ValueError(
-                "FSDP2 has sharded the depth head by itself, but ranks call it once a labelled image, so they would "
+                "FSDP2 has sharded the depth head by itself, but ranks call it once per labelled image, so they would "
                 "wait for each other; set fsdp_transformer_layer_cls_to_wrap without it, as configs/fsdp2.yaml does"
             )
         branches = kwargs.pop("branches", None)
@@ -175,7 +175,7 @@ def states_at(backbone: torch.nn.Module, positions: torch.Tensor) -> Iterator[No
 class ImageByImage(torch.autograd.Function):
     """
     The sum of the images' depth losses, times a scale. Its gradients are computed on the way, so that the head's
-    activations, two gigabytes an image at the paper's size, are held for one image at a time and not for the batch.
+    activations, two gigabytes per image at the paper's size, are held for one image at a time and not for the batch.
     """
 
     @staticmethod

@@ -12,26 +12,25 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from peft import PeftConfig, get_peft_model
-from transformers import Trainer
+from peft import PeftConfig
+from PIL import Image
 from trl import ModelConfig
 
 from depthvlm.configuration_depthvlm import DepthVLMConfig
-from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 from depthvlm.processing_depthvlm import DepthVLMProcessor
 
+from .arguments import DepthSFTConfig
 from .data import DataArguments
 from .encoding import Encoder
+from .memory import Memory, memory_per_rank
+from .rows import BLOCK
 from .stream import TrainingStream
-from .trainer import DepthSFTConfig, freeze
 
 GIB = 2**30
 MOST_PASSES = 4  # over a data set in a run before a warning
 SAMPLES = 64  # looked at by a dry run
 SHOWN = 4  # of them, decoded and as pictures, from as many data sets as there are
 LITTLE_SHUFFLED = 16  # rows, in a dry run, which has no time to fill a large buffer
-TOKENS_MEASURED = 16  # a square
-BITS_4 = 0.5 + 4 / 64  # bytes per weight: 4 bits, and a float32 scale per 64 weights
 
 NO_INSTRUCTIONS = (
     "the language model is trained on depth rows alone. People who did so report that the model then answers every "
@@ -72,202 +71,23 @@ def set_length(arguments: DepthSFTConfig, mix: list[Share]) -> None:
 
 def warnings(data_args: DataArguments, training_args: DepthSFTConfig, mix: list[Share]) -> list[str]:
     """Sentences about the mix and the length of the run; `set_length` comes first."""
-    found = []
+    sentences = []
     readers = training_args.processes * max(training_args.dataloader_num_workers, 1)
     for share in mix:
         if share.blocks < readers:
-            found.append(
+            sentences.append(
                 f"{share.label} has {share.blocks} blocks (shards, or row groups of Parquet) for {readers} readers "
                 f"({training_args.processes} processes x {max(training_args.dataloader_num_workers, 1)} workers), so "
                 "several read each block; write more and smaller ones, or lower dataloader_num_workers"
             )
         if share.passes > MOST_PASSES:
-            found.append(
+            sentences.append(
                 f"each row of {share.label} is seen {share.passes:.1f} times; lower its weight or the length of the "
                 "run, or use sampling: rows"
             )
     if training_args.trains != ["depth_head"] and all(source.kind == "depth" for source in data_args.datasets):
-        found.append(NO_INSTRUCTIONS)
-    return found
-
-
-# Memory
-
-
-@dataclass
-class Memory:
-    """Bytes on a rank. engine: how the model is divided among the ranks."""
-
-    engine: str
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    other_activations: float  # with the other setting of gradient checkpointing
-    checkpoint: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def empty_model(
-    config: DepthVLMConfig, arguments: DepthSFTConfig, peft_config: PeftConfig | None
-) -> DepthVLMForConditionalGeneration:
-    """The model on the meta device, with adapters if asked for, frozen as it will be trained."""
-    with torch.device("meta"):
-        model = DepthVLMForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-        freeze(model, arguments.trains)
-        if peft_config is not None:
-            get_peft_model(model, peft_config)
-    return model
-
-
-def saved_bytes(module: torch.nn.Module, *args, **kwargs) -> int:
-    """Bytes of the activations that autograd keeps for the backward pass of `module(*args, **kwargs)`."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    storages, kept = {}, []
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)  # so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        module(*args, **kwargs)
-    return sum(size for address, size in storages.items() if address not in weights)
-
-
-def activations_per_token(model: DepthVLMForConditionalGeneration) -> dict[str, float]:
-    """
-    Bytes per token that one decoder layer, one vision block (per patch) and the depth head (per image token) keep.
-
-    Measured on a few tokens, in bfloat16, on the CPU, with weights that hold nothing: all grow linearly with tokens.
-    """
-    text, vision, number = model.config.text_config, model.config.vision_config, TOKENS_MEASURED
-    states = {"dtype": torch.bfloat16, "requires_grad": True}
-    layer = model.model.language_model.layers[0].to_empty(device="cpu")
-    block = model.model.visual.blocks[0].to_empty(device="cpu")
-    head = model.depth_head.to_empty(device="cpu").bfloat16()
-    side = math.isqrt(number)
-    total = {
-        "layer": saved_bytes(
-            layer,
-            torch.zeros(1, number, text.hidden_size, **states),
-            position_embeddings=(torch.zeros(1, number, text.head_dim, dtype=torch.bfloat16),) * 2,
-            attention_mask=None,
-        ),
-        "block": saved_bytes(
-            block,
-            torch.zeros(number, vision.hidden_size, **states),
-            cu_seqlens=torch.tensor([0, number]),
-            position_embeddings=(torch.zeros(number, vision.hidden_size // vision.num_heads),) * 2,
-        ),
-        "head": saved_bytes(head, [torch.zeros(number, text.hidden_size, **states) for _ in range(4)], (side, side)),
-    }
-    return {name: size / number for name, size in total.items()}
-
-
-def activations(
-    model: DepthVLMForConditionalGeneration,
-    per_token: dict[str, float],
-    trains: list[str],
-    tokens: int,
-    image_tokens: int,
-    image: int,
-    kept: bool,
-) -> float:
-    """
-    Bytes of activations. per_token: of `activations_per_token`. tokens, image_tokens: of a micro-batch, padding
-    included. image: tokens of its largest image. kept: whether every layer keeps its activations, or its input alone
-    (gradient checkpointing).
-    """
-    text, vision = model.config.text_config, model.config.vision_config
-    total = per_token["head"] * image + 4 * 2 * text.hidden_size * image_tokens  # of one image at a time; its features
-    patches = image_tokens * vision.spatial_merge_size**2
-    for trained, layers, size, count, width in (
-        ("language_model" in trains, text.num_hidden_layers, per_token["layer"], tokens, text.hidden_size),
-        ("vision" in trains, vision.depth, per_token["block"], patches, vision.hidden_size),
-    ):
-        through = trained or ("vision" in trains)  # what comes after a trained part passes gradients on
-        if through and kept:
-            total += layers * size * count
-        else:  # one layer at work; the inputs of all, with checkpointing
-            total += size * count + (layers * 2 * width * count if through else 0)
-    return total
-
-
-def optimizer_bytes(arguments: DepthSFTConfig) -> float:
-    """Bytes of optimizer state per trained float32 weight: one step of the optimizer on a small tensor."""
-    weights = torch.nn.Parameter(torch.zeros(64, 64))
-    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    optimizer = cls([weights], **options)
-    weights.grad = torch.ones_like(weights)
-    optimizer.step()
-    states = [value for value in optimizer.state[weights].values() if torch.is_tensor(value) and value.numel() > 1]
-    return sum(state.nbytes for state in states) / weights.numel()
-
-
-def memory(
-    config: DepthVLMConfig,
-    training_args: DepthSFTConfig,
-    model_args: ModelConfig,
-    peft_config: PeftConfig | None,
-    tokens: int,
-    image_tokens: int,
-    image: int,
-) -> list[Memory]:
-    """Per rank, with a copy of the model on each (DDP) and with its weights divided among them (FSDP2, full shard)."""
-    model = empty_model(config, training_args, peft_config)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
-    in_16_bits = model_args.dtype in ("bfloat16", "float16")
-    head = sum(parameter.numel() for parameter in model.depth_head.parameters() if parameter.requires_grad)
-    # adapters and head are always float32; other trained parts under FSDP2
-    masters = trained if peft_config is not None or not in_16_bits else head
-    frozen_bytes = frozen * (2 if in_16_bits else 4)
-    if model_args.load_in_4bit:
-        linear = sum(
-            parameter.numel()
-            for name, parameter in model.model.language_model.named_parameters()
-            if not parameter.requires_grad and parameter.ndim == 2 and "embed_tokens" not in name
-        )
-        frozen_bytes = linear * BITS_4 + (frozen - linear) * (2 if in_16_bits else 4)
-    layers = [model.model.language_model.layers[0], model.model.visual.blocks[0]]
-    unit = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    rest = model.get_input_embeddings().weight.numel()
-    state = optimizer_bytes(training_args)
-    sizes = (model, activations_per_token(model), training_args.trains, tokens, image_tokens, image)
-    kept, inputs = (activations(*sizes, kept=kept) for kept in (True, False))
-    if training_args.gradient_checkpointing:
-        kept, inputs = inputs, kept
-    ranks, plans = training_args.processes, []
-    copies = 2 * trained if training_args.bf16 else 0  # autocast's copies of trained weights
-    bytes_trained = 4 * masters + 2 * (trained - masters)
-    plans.append(
-        Memory(
-            "DDP",
-            frozen_bytes + bytes_trained + copies,
-            bytes_trained,
-            state * bytes_trained / 4,
-            kept,
-            inputs,
-            (frozen_bytes if peft_config is None else 0) + bytes_trained + state * bytes_trained / 4,
-        )
-    )
-    whole = 2 * (2 * unit + rest)  # two layers and the embeddings are gathered at a time, in 16 bits
-    plans.append(
-        Memory(
-            "FSDP2",
-            (frozen_bytes + 4 * trained) / ranks + whole,
-            4 * trained / ranks,
-            state * trained / ranks,
-            kept,
-            inputs,
-            4 * trained + state * trained,
-        )
-    )
-    return plans
+        sentences.append(NO_INSTRUCTIONS)
+    return sentences
 
 
 # Samples
@@ -292,7 +112,7 @@ def decoded(processor: DepthVLMProcessor, row: dict) -> str:
     return "\n".join(lines)
 
 
-def write_label_picture(path: Path, image, label: torch.Tensor) -> None:
+def write_label_picture(path: Path, image: Image.Image, label: torch.Tensor) -> None:
     """A photo beside its depth label, in colours, on the processed grid; white where there is no label."""
     height, width = label.shape
     figure = Figure(figsize=(12, 6 * height / width + 0.6), layout="constrained", dpi=100)
@@ -321,10 +141,72 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def device_bytes(arguments: DepthSFTConfig) -> float:
+def print_mix(mix: list[Share], arguments: DepthSFTConfig) -> None:
+    """Rows and passes of each data set, and the length of the run."""
+    samples, rows = arguments.max_steps * arguments.samples_per_step, sum(share.rows for share in mix)
+    cells = [
+        [share.label, f"{share.rows:,}", f"{share.blocks:,}", f"{share.share:.2%}"]
+        + [f"{share.share * samples:,.0f}", f"{share.passes:.2f}"]
+        for share in mix
+    ]
+    print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
+    print(f"(a block is a row group of Parquet, or {BLOCK} rows of another format; readers divide blocks, not rows)")
+    print(
+        f"\nglobal batch {arguments.samples_per_step} = {arguments.processes} processes x "
+        f"{arguments.per_device_train_batch_size} x {arguments.gradient_accumulation_steps} micro-batches; "
+        f"{arguments.max_steps:,} steps, {samples:,} samples, {samples / rows:.2f} epochs of {rows:,} rows"
+    )
+
+
+def print_lengths(rows: list[dict], batch_size: int) -> None:
+    lengths = [len(row["input_ids"]) for row in rows]
+    batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
+    padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+    print(
+        f"tokens per sample: median {statistics.median(lengths):.0f}, p95 {np.percentile(lengths, 95):.0f}, largest "
+        f"{max(lengths)}; padding {padding:.1%} (of {len(lengths)} samples)"
+    )
+
+
+def print_memory(plans: list[Memory], checkpointing: bool) -> None:
+    names = ["with" if checkpointing else "without", "without" if checkpointing else "with"]
+    print(f"\nmemory per rank in GiB, estimated from shapes; activations {names[0]} gradient checkpointing:")
+    header = ["", "weights", "gradients", "optimizer", "activations", "total", f"({names[1]})", "checkpoint"]
+    cells = [
+        [plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total]
+        + [plan.total - plan.activations + plan.other_activations, plan.checkpoint]
+        for plan in plans
+    ]
+    rows = [[plan.engine, *(f"{size / GIB:.2f}" for size in row)] for plan, row in zip(plans, cells, strict=True)]
+    print(table(header, rows))
+
+
+def print_samples(rows: list[dict], labels: list[str], processor: DepthVLMProcessor, pictures: Path) -> None:
+    """The first sample of each data set, then others: their text, and pictures of their depth labels."""
+    firsts = {row["set"]: number for number, row in reversed(list(enumerate(rows)))}
+    others = sorted(set(range(len(rows))) - set(firsts.values()))
+    for number in [*sorted(firsts.values()), *others][:SHOWN]:
+        row = rows[number]
+        print(f"\nsample {number}, of {labels[row['set']]}:")
+        print(decoded(processor, row))
+        for index, label in enumerate(row["depth_labels"]):
+            if label is not None and (label > 0).any():
+                path = pictures / f"sample{number}_image{index}.png"
+                write_label_picture(path, row["sample"]["images"][index], label)
+                print(f"  depth label of image {index}: {path}")
+
+
+def memory_warnings(plans: list[Memory], arguments: DepthSFTConfig) -> list[str]:
     if arguments.device_memory is not None:
-        return arguments.device_memory * GIB
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+        limit = arguments.device_memory * GIB
+    else:
+        limit = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 80 * GIB
+    return [
+        f"with {plan.engine} a rank needs {plan.total / GIB:.1f} GiB, and the device has {limit / GIB:.1f}; lower "
+        "per_device_train_batch_size (the global batch stays), use gradient_checkpointing, FSDP2 or LoRA"
+        for plan in plans
+        if plan.total > limit
+    ]
 
 
 def dry_run(
@@ -341,64 +223,27 @@ def dry_run(
 
     mix = shares(stream)
     set_length(training_args, mix)
-    samples, rows = training_args.max_steps * training_args.samples_per_step, sum(share.rows for share in mix)
-    cells = [
-        [share.label, f"{share.rows:,}", f"{share.blocks:,}", f"{share.share:.2%}"]
-        + [f"{share.share * samples:,.0f}", f"{share.passes:.2f}"]
-        for share in mix
-    ]
-    print(table(["data set", "rows", "blocks", "share", "samples", "passes"], cells))
-    print(
-        f"\nglobal batch {training_args.samples_per_step} = {training_args.processes} processes x {size} x "
-        f"{training_args.gradient_accumulation_steps} micro-batches; {training_args.max_steps:,} steps, {samples:,} "
-        f"samples, {samples / rows:.2f} epochs of {rows:,} rows"
-    )
+    print_mix(mix, training_args)
 
-    read = list(itertools.islice(stream, SAMPLES))
-    lengths = [len(row["input_ids"]) for row in read]
+    rows = list(itertools.islice(stream, SAMPLES))
+    print_lengths(rows, size)
+
     merged = config.vision_config.spatial_merge_size**2
-    images = [row["image_grid_thw"].prod(-1) // merged for row in read if "image_grid_thw" in row]
-    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
-    padding = 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
-    print(
-        f"tokens per sample: median {statistics.median(lengths):.0f}, p95 {np.percentile(lengths, 95):.0f}, largest "
-        f"{max(lengths)}; padding {padding:.1%} (of {len(lengths)} samples)"
+    image_tokens = [row["image_grid_thw"].prod(-1) // merged for row in rows if "image_grid_thw" in row]
+    plans = memory_per_rank(
+        config,
+        training_args,
+        model_args,
+        peft_config,
+        tokens=size * max(len(row["input_ids"]) for row in rows),
+        image_tokens=size * max((int(tokens.sum()) for tokens in image_tokens), default=0),
+        image=max((int(tokens.max()) for tokens in image_tokens), default=0),
     )
+    print_memory(plans, training_args.gradient_checkpointing)
 
-    of_samples = max((int(sizes.sum()) for sizes in images), default=0)
-    largest = max((int(sizes.max()) for sizes in images), default=0)
-    plans = memory(config, training_args, model_args, peft_config, size * max(lengths), size * of_samples, largest)
-    checkpointing = training_args.gradient_checkpointing
-    names = ["with" if checkpointing else "without", "without" if checkpointing else "with"]
-    print(f"\nmemory per rank in GiB, estimated from shapes; activations {names[0]} gradient checkpointing:")
-    header = ["", "weights", "gradients", "optimizer", "activations", "total", f"({names[1]})", "checkpoint"]
-    cells = [
-        [plan.weights, plan.gradients, plan.optimizer, plan.activations, plan.total]
-        + [plan.total - plan.activations + plan.other_activations, plan.checkpoint]
-        for plan in plans
-    ]
-    rows = [[plan.engine, *(f"{number / GIB:.2f}" for number in row)] for plan, row in zip(plans, cells, strict=True)]
-    print(table(header, rows))
-
-    firsts = {row["set"]: number for number, row in reversed(list(enumerate(read)))}  # of each data set
-    for number in [*sorted(firsts.values()), *sorted(set(range(len(read))) - set(firsts.values()))][:SHOWN]:
-        row = read[number]
-        print(f"\nsample {number}, of {data_args.datasets[row['set']].label}:")
-        print(decoded(processor, row))
-        for index, label in enumerate(row["depth_labels"]):
-            if label is not None and (label > 0).any():
-                path = Path(training_args.output_dir) / "dry_run" / f"sample{number}_image{index}.png"
-                write_label_picture(path, row["sample"]["images"][index], label)
-                print(f"  depth label of image {index}: {path}")
+    labels = [source.label for source in data_args.datasets]
+    print_samples(rows, labels, processor, Path(training_args.output_dir) / "dry_run")
 
     print()
-    found = warnings(data_args, training_args, mix)
-    limit = device_bytes(training_args)
-    for plan in plans:
-        if plan.total > limit:
-            found.append(
-                f"with {plan.engine} a rank needs {plan.total / GIB:.1f} GiB, and the device has {limit / GIB:.1f}; "
-                "lower per_device_train_batch_size (the global batch stays), use gradient_checkpointing, FSDP2 or LoRA"
-            )
-    for sentence in found:
+    for sentence in [*warnings(data_args, training_args, mix), *memory_warnings(plans, training_args)]:
         print(f"warning: {sentence}")

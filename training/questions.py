@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from depthvlm.processing_depthvlm import DEPTH_RESPONSE
+from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
 
 from .answers import is_right
+from .arguments import DepthSFTConfig
 from .data import DataArguments, conversation, decode, read_sample
 from .trainer import DepthSFTTrainer
 
@@ -28,7 +29,12 @@ RETENTION_QUESTIONS = (
 
 @torch.no_grad()  # not inference mode: what FSDP2 allocates now, training uses later
 def generate_answers(
-    model, processor, rows: list[dict], max_pixels=None, max_new_tokens=24, batch_size=16
+    model: PreTrainedModel,
+    processor: DepthVLMProcessor,
+    rows: list[dict],
+    max_pixels: int | None = None,
+    max_new_tokens: int = 24,
+    batch_size: int = 16,
 ) -> list[str]:
     """Greedy answers to `{"image", "focal_length", "question"}`."""
     training, answers = model.training, []
@@ -54,7 +60,9 @@ def generate_answers(
     return [answer.strip() for answer in answers]
 
 
-def score_questions(model, processor, data_args: DataArguments, limit: int) -> dict[str, float]:
+def score_questions(
+    model: PreTrainedModel, processor: DepthVLMProcessor, data_args: DataArguments, limit: int
+) -> dict[str, float]:
     """Share of right answers to each kind of question, over the first `limit` rows of each held-out data set."""
     asked = []
     for source in data_args.eval_datasets:
@@ -80,7 +88,7 @@ class RetentionWatch(TrainerCallback):
     - `base_agreement`: the share of answers that are what they were before training.
     """
 
-    def __init__(self, trainer: DepthSFTTrainer, data_args: DataArguments, every: int, limit: int = 8):
+    def __init__(self, trainer: DepthSFTTrainer, data_args: DataArguments, every: int, limit: int = 8) -> None:
         self.trainer, self.every, self.max_pixels = trainer, every, data_args.max_pixels
         self.rows = []
         for source in data_args.eval_datasets:
@@ -97,7 +105,7 @@ class RetentionWatch(TrainerCallback):
         core = self.trainer.accelerator.unwrap_model(self.trainer.model)
         return generate_answers(core, self.trainer.processing_class, self.rows, self.max_pixels)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: DepthSFTConfig, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         stored = Path(args.output_dir) / "base_answers.json"
         if state.global_step and stored.exists():
             self.base = json.loads(stored.read_text())
@@ -106,7 +114,7 @@ class RetentionWatch(TrainerCallback):
         if args.should_save:
             stored.write_text(json.dumps(self.base, indent=1))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: DepthSFTConfig, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.global_step % self.every:
             return
         answers = self.answers()

@@ -8,11 +8,12 @@ rows, each as a dict with its images still encoded, and `name(block, row)`, whic
 import bisect
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import fsspec
@@ -47,7 +48,7 @@ class Rows:
 class Table(Sequence):
     """The rows of an Arrow table, each turned into Python when it is asked for."""
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, table: pa.Table) -> None:
         self.table = table
 
     @cached_property
@@ -70,7 +71,7 @@ class Table(Sequence):
 class ParquetRows(Rows):
     """files: paths or URLs that `fsspec` opens. columns: those to read, where a file has them."""
 
-    def __init__(self, files: list[str], columns: Sequence[str]):
+    def __init__(self, files: list[str], columns: Sequence[str]) -> None:
         self.files = files
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(row_groups, files))
@@ -110,7 +111,7 @@ def open_parquet(file: str) -> Iterator[pq.ParquetFile]:
 class ArrowRows(Rows):
     """dataset: one of `datasets` with an index, memory-mapped."""
 
-    def __init__(self, dataset: datasets.Dataset, columns: Sequence[str]):
+    def __init__(self, dataset: datasets.Dataset, columns: Sequence[str]) -> None:
         self.columns = [name for name in columns if name in dataset.column_names] or dataset.column_names
         self.dataset = dataset.select_columns(self.columns).with_format("arrow")
         self.sizes = block_sizes(len(dataset))
@@ -126,7 +127,7 @@ class ArrowRows(Rows):
 class JsonRows(Rows):
     """files: local paths, each with one JSON object per line, or a list of objects. Nothing is held to one schema."""
 
-    def __init__(self, files: list[str]):
+    def __init__(self, files: list[str]) -> None:
         self.files = [json_file(file) for file in files]
         sizes = [block_sizes(len(file)) for file in self.files]
         self.firsts = np.cumsum([0, *map(len, sizes)]).tolist()  # block that each file begins with
@@ -152,17 +153,18 @@ class JsonRows(Rows):
 class JsonLines:
     """Objects of a file with one per line, read at their places in it."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = path
         ends, size = [], 0
         with open(path, "rb") as file:
             while chunk := file.read(LINES_AT_ONCE):
                 ends.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size + 1)
                 size += len(chunk)
-        ends = np.unique(np.concatenate([*ends, [size]])) if size else np.zeros(0, np.int64)
-        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        self.spans = np.stack([starts, ends], axis=1)
-        short = np.flatnonzero(ends - starts <= len("{}\r"))  # too short for an object: a blank line, most often
+        ends = np.concatenate([np.zeros(1, np.int64), *ends])
+        if ends[-1] < size:  # a last line that no line end follows
+            ends = np.append(ends, size)
+        self.spans = np.stack([ends[:-1], ends[1:]], axis=1)
+        short = np.flatnonzero(np.diff(ends) <= len("{}\r"))  # too short for an object: a blank line, most often
         blank = [index for index in short.tolist() if not self.text(index, index + 1).strip()]
         self.spans = np.delete(self.spans, blank, axis=0)
 
@@ -183,7 +185,7 @@ class JsonLines:
 class JsonList:
     """Objects of a file that is one list, kept as text, which takes a tenth of the memory of Python objects."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.path = path
         rows = [json.dumps(row, ensure_ascii=False).encode() for row in parse(Path(path).read_bytes(), path)]
         self.ends, self.data = np.cumsum([0, *map(len, rows)]), b"".join(rows)
@@ -201,7 +203,7 @@ def json_file(path: str) -> JsonLines | JsonList:
         return JsonList(path) if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else JsonLines(path)
 
 
-def parse(text: bytes, path: str):
+def parse(text: bytes, path: str) -> Any:
     try:
         return json.loads(text.decode("utf-8-sig"))
     except ValueError as error:
@@ -213,7 +215,7 @@ class FolderRows(Rows):
 
     columns = ["id", "image", "depth", "depth_scale", "fx"]
 
-    def __init__(self, path: str):
+    def __init__(self, path: str) -> None:
         self.folder = RGBDFolder(path)
         self.sizes = block_sizes(len(self.folder.names))
 
@@ -238,7 +240,9 @@ def block_sizes(rows: int) -> np.ndarray:
     return np.diff([*range(0, rows, BLOCK), rows])
 
 
-def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequence[str]) -> Rows:
+def open_rows(
+    path: str, name: str | None, split: str, data_files: str | list | dict | None, columns: Sequence[str]
+) -> Rows:
     """
     The rows of a plain RGB-D folder, a JSON or Parquet file, a folder of `save_to_disk`, or whatever `load_dataset`
     takes. Raises `ValueError` for a split that is not there.
@@ -268,6 +272,6 @@ def open_rows(path: str, name: str | None, split: str, data_files, columns: Sequ
     return ArrowRows(datasets.load_dataset(loader, data_files={split: files}, split=split), columns)
 
 
-def check_split(path: str, split: str, splits) -> None:
+def check_split(path: str, split: str, splits: Container[str]) -> None:
     if split not in splits:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(map(str, splits))}")

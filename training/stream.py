@@ -1,11 +1,12 @@
 """The order in which rows come: shuffled, divided among readers, batched by length, resumed without reading again.
 
-Every DataLoader worker of every rank is a *reader*. It draws from all data sets in fixed proportions, from each in
-passes over its blocks (`rows.py`). A pass takes the blocks in a new order, the same for all readers, and deals them out
-in turn, going on where the pass before ended: a reader gets other blocks each time, and all readers equally many. Where
-blocks are fewer than readers, those that have the same one at the same time read all of it, each from another row on.
-Rows are shuffled within a block, or within as many of the reader's blocks of a pass as hold `shuffle_buffer` rows. The
-order follows from the seed and the number of readers alone, so that it can be taken up at any row.
+Every DataLoader worker of every rank is a *reader*. A reader draws from all data sets in fixed proportions, and from
+each data set in passes over its blocks (`rows.py`). Each pass takes the blocks in a new order, the same for all
+readers, and deals them out in turn, beginning with the reader whose turn it was at the end of the previous pass: a
+reader gets different blocks in each pass, and all readers get equally many. If a data set has fewer blocks than there
+are readers, the readers that share a block read all of it, each beginning at a different row. Rows are shuffled within
+a block, or within as many of the reader's blocks of a pass as hold `shuffle_buffer` rows. The order depends on the seed
+and on the number of readers alone, so that reading can resume at any row.
 """
 
 import bisect
@@ -22,15 +23,16 @@ from transformers.utils import logging
 
 from .data import DataArguments, DataSource, load_sample, open_sample
 from .encoding import Encoder
+from .passes import Passes
 from .rows import Rows
 
 logger = logging.get_logger(__name__)
 
-# Batches of like length are chosen from a pool of opened rows
-POOL_BATCHES = 16  # batches that it holds
-PASS_FRACTION = 8  # it holds at most an eighth of a pass over all data sets, so that no row is in it twice
-GOOD_PADDING = 0.05  # share of padding up to which one batch is as good as another
-PATIENCE = 16  # pools, or half a pass, that a row waits at most for others of its length
+# Batches of similar length are chosen from a pool of opened rows
+POOL_BATCHES = 16  # size of the pool, in batches
+PASS_FRACTION = 8  # the pool is at most an eighth of a pass over all data sets, so that no row is in it twice
+GOOD_PADDING = 0.05  # share of padding up to which all batches are equally good
+PATIENCE = 16  # longest wait of a row for others of its length: this many pools, or half a pass
 REFUSED_AT_MOST = 100  # rows beyond those opened ahead, without a single one that can be used, before a reader gives up
 
 
@@ -39,7 +41,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
     The endless mix of a rank, split over its DataLoader workers, that goes on from any sample.
 
     encoder: makes the model's inputs; without one, samples are as `load_sample` returns them. batch_size: of the
-    DataLoader, each of whose batches has rows with like numbers of tokens; that needs an encoder. log: where rows that
+    DataLoader; rows of similar numbers of tokens are batched together, which needs an encoder. log: where rows that
     cannot be used are listed; they are passed over and counted. A reader that finds none to use raises ValueError.
 
     Every sample also holds `set`, the index of its data set, and `position`: (worker, where it stands), for `resume`.
@@ -54,7 +56,7 @@ class TrainingStream(torch.utils.data.IterableDataset):
         log: Path | None = None,
         encoder: Encoder | None = None,
         batch_size: int = 1,
-    ):
+    ) -> None:
         if not arguments.datasets:
             raise ValueError("datasets is empty; list at least one data set with its path in the YAML file")
         self.arguments, self.seed, self.rank, self.world_size, self.log = arguments, seed, rank, world_size, log
@@ -168,88 +170,6 @@ def newest(positions: Sequence) -> list[dict]:
     return [state for state in states if state["division"] == last]
 
 
-class Passes:
-    """
-    One reader's way through one data set. All blocks of all passes form one sequence, of which reader r gets number
-    first + r, first + r + readers, and so on.
-
-    step: how many of them it has finished. offset: rows taken of the `together(step)` ones after them.
-    """
-
-    def __init__(
-        self, rows: Rows, buffer: int, seed: tuple, reader: int, readers: int, first: int, step: int, offset: int
-    ):
-        self.rows, self.buffer, self.seed = rows, buffer, seed
-        self.reader, self.readers, self.first, self.step, self.offset = reader, readers, first, step, offset
-        self.arrange()
-
-    def number(self, step: int) -> int:
-        return self.first + self.reader + step * self.readers
-
-    def block(self, number: int) -> int:
-        turn, place = divmod(number, len(self.rows.sizes))
-        return int(block_order(self.seed, turn, len(self.rows.sizes))[place])
-
-    def together(self, step: int) -> list[int]:
-        """The reader's next blocks of one pass, until they hold `buffer` rows."""
-        numbers = [self.number(step)]
-        rows = self.rows.sizes[self.block(numbers[0])]
-        while rows < self.buffer:
-            number = self.number(step + len(numbers))
-            if number // len(self.rows.sizes) != numbers[0] // len(self.rows.sizes):
-                break
-            numbers.append(number)
-            rows += self.rows.sizes[self.block(number)]
-        return [self.block(number) for number in numbers]
-
-    def arrange(self) -> None:
-        """Go on to the next blocks where these are finished, and lay out their rows."""
-        self.blocks = self.together(self.step)
-        self.ends = np.cumsum(self.rows.sizes[self.blocks])
-        if self.offset == self.ends[-1]:
-            self.step, self.offset = self.step + len(self.blocks), 0
-            return self.arrange()
-        number, sharing = self.number(self.step), []
-        start = number - self.reader
-        if len(self.rows.sizes) < self.readers:
-            sharing = [other for other in range(start, start + self.readers) if self.block(other) == self.blocks[0]]
-        place = start if sharing else number
-        rows = np.random.default_rng([*self.seed, 1, place, self.blocks[0]]).permutation(self.ends[-1])
-        if sharing:
-            rows = np.roll(rows, -(sharing.index(number) * len(rows) // len(sharing)))
-        self.order, self.opened = rows, {}
-
-    def next(self) -> tuple[int, int]:
-        """(block, row) of the next row."""
-        if self.offset == len(self.order):
-            self.arrange()
-        place = int(self.order[self.offset])
-        index = int(np.searchsorted(self.ends, place, side="right"))
-        self.offset += 1
-        return self.blocks[index], place - int(self.ends[index - 1] if index else 0)
-
-    def read(self, block: int, row: int) -> dict:
-        if block not in self.opened:
-            self.opened[block] = self.rows.read(block)
-        return self.opened[block][row]
-
-    def taken(self, since: int) -> Iterator[tuple[int, int]]:
-        """(block, rows taken) of the reader's blocks from number `since` on."""
-        for step in range(self.step - 1, -1, -1):
-            if self.number(step) < since:
-                break
-            block = self.block(self.number(step))
-            yield block, int(self.rows.sizes[block])
-        for index in self.order[: self.offset]:
-            yield self.blocks[int(np.searchsorted(self.ends, index, side="right"))], 1
-
-
-@functools.lru_cache(maxsize=32)
-def block_order(seed: tuple, turn: int, blocks: int) -> np.ndarray:
-    """The order of the blocks in a pass."""
-    return np.random.default_rng([*seed, 0, turn]).permutation(blocks)
-
-
 @dataclass
 class Held:
     """An opened sample that waits for its batch."""
@@ -263,7 +183,7 @@ class Held:
 class Reader:
     """What one reader yields, from a state on."""
 
-    def __init__(self, stream: TrainingStream, worker: int, reader: int, readers: int, state: dict):
+    def __init__(self, stream: TrainingStream, worker: int, reader: int, readers: int, state: dict) -> None:
         self.stream, self.worker, self.reader, self.readers = stream, worker, reader, readers
         self.first, self.division = state["first"], state["division"]
         self.passes = [stream.passes(index, reader, readers, state) for index in range(len(stream.rows))]
@@ -401,49 +321,3 @@ def report(source: DataSource, name: str, error: Exception, log: Path | None) ->
         with open(log, "a") as file:
             file.write(line + "\n")
     return line
-
-
-class EvalSamples(torch.utils.data.Dataset):
-    """
-    The first rows of the held-out data as model inputs, the same each time.
-
-    In the place of a row that cannot be used, which is logged, stands a text of which nothing is learnt (`labels` are
-    -100, and there are no `depth_labels`), so that it adds nothing to a sum of losses.
-    """
-
-    def __init__(self, arguments: DataArguments, encoder: Encoder, log: Path | None = None):
-        self.sources, self.encoder, self.log = arguments.eval_datasets, encoder, log
-        self.rows = [source.open() for source in self.sources]
-        self.places = [
-            (index, block, row)
-            for index, rows in enumerate(self.rows)
-            for block, row in itertools.islice(places_of(rows), arguments.max_eval_samples)
-        ]
-        self.opened = None, None
-        messages = [{"role": role, "content": []} for role in ("user", "assistant")]
-        nothing = encoder(
-            dict.fromkeys(("others", "images", "focal_lengths", "depth_maps"), []) | {"messages": messages}
-        )
-        self.nothing = nothing | {"labels": torch.full_like(nothing["labels"], -100)}
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict:
-        number, block, row = self.places[index]
-        source, stored, generator = self.sources[number], {}, np.random.default_rng(index)
-        try:
-            if self.opened[0] != (number, block):
-                self.opened = (number, block), self.rows[number].read(block)
-            stored = self.opened[1][row]
-            sample = open_sample(stored, source, generator)
-            self.encoder.measure(sample)
-            encoded = self.encoder(load_sample(sample, source, generator))
-        except Exception as error:  # as in training
-            report(source, row_name(stored, self.rows[number], block, row), error, self.log)
-            encoded = self.nothing
-        return encoded | {"set": number}
-
-
-def places_of(rows: Rows) -> Iterator[tuple[int, int]]:
-    return ((block, row) for block, size in enumerate(rows.sizes.tolist()) for row in range(size))

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,14 +18,16 @@ from peft import PeftModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
+from depthvlm.files import open_whole
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
 
+from .arguments import DepthSFTConfig
 from .checkpoints import (
     EXAMPLE_DEPTH,
     FROZEN,
@@ -36,177 +38,15 @@ from .checkpoints import (
     save_shards,
     save_without_weights,
 )
-from .loss import DEPTH_LOSSES, add_depth_loss
+from .held_out import FilledUp, collate_filled_up
+from .loss import DepthTrainingOutput, add_depth_loss
 from .stream import TrainingStream
 
 logger = logging.get_logger(__name__)
 
-PARTS = {
-    "depth_head": "depth_head.",
-    "language_model": "model.language_model.",
-    "lm_head": "lm_head.",
-    "vision": "model.visual.",
-}
 # of the trainer's running sums, one row per data set; shares are of the update's answer tokens or labelled images
 SUMS = ("lm_loss", "lm_share", "depth_loss", "delta1", "abs_rel", "depth_share")
 ROWS_BEFORE_STOP = 100  # read on all ranks before the share of refused rows is judged
-REFUSED = {  # arguments of TRL's that have no effect here, or another one -> why
-    "label_smoothing_factor": "it needs the logits of the whole vocabulary, which are never computed",
-    "assistant_only_loss": "the loss is always over the assistant's answers and nothing else",
-    "completion_only_loss": "the loss is always over the assistant's answers and nothing else",
-    "auto_find_batch_size": "it would change the global batch; set per_device_train_batch_size, see --dry_run",
-    "packing": "rows with images cannot be packed",
-    "padding_free": "rows with images cannot be flattened",
-}
-
-
-@dataclass
-class DepthSFTConfig(SFTConfig):
-    """TRL's arguments, some with other defaults, and this project's."""
-
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["depth_losses"]
-
-    trains: list[str] = field(
-        default_factory=lambda: ["depth_head"],
-        metadata={"help": f"parts of the model to train, of {', '.join(PARTS)}; the rest is frozen"},
-    )
-    depth_weight: float = field(
-        default=1.0, metadata={"help": "weight beta of the depth loss in L_LM + beta * L_depth; 0 turns it off"}
-    )
-    depth_losses: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": f"terms of the depth loss with their weights, of {', '.join(DEPTH_LOSSES)}; default: {{silog: 1}}"
-        },
-    )
-    depth_trains_head_alone: bool = field(
-        default=False,
-        metadata={"help": "end the depth loss's gradient at the depth head's inputs, whatever else is trained"},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "samples per optimizer step on all processes; sets gradient_accumulation_steps, or is refused "
-            "where processes times per_device_train_batch_size do not divide it"
-        },
-    )
-    dry_run: int | None = field(
-        default=None,
-        metadata={
-            "help": "report data, batches and memory for this number of processes (default: as launched), then stop",
-            "nargs": "?",
-            "const": 0,
-        },
-    )
-    device_memory: float | None = field(
-        default=None, metadata={"help": "memory of a device in GiB, for --dry_run; default: this machine's GPU, or 80"}
-    )
-    eval_questions: int = field(
-        default=0,
-        metadata={
-            "help": "number of rows per evaluation data set whose questions are answered after training; 0 turns it off"
-        },
-    )
-    retention_steps: int = field(
-        default=0,
-        metadata={
-            "help": "interval, in steps, at which fixed questions are answered to detect forgetting; 0 turns it off"
-        },
-    )
-    save_dtype: str | None = field(
-        default=None, metadata={"help": "dtype of the final checkpoint, e.g. bfloat16; default: the dtype of training"}
-    )
-
-    max_length: int | None = field(
-        default=None, metadata={"help": "maximum tokens per conversation; longer ones are refused and counted"}
-    )
-    num_train_epochs: float = field(
-        default=0.0, metadata={"help": "passes over the rows of all data sets together; sets max_steps"}
-    )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
-    ignore_data_skip: bool = field(
-        default=True, metadata={"help": "must stay true: the data stream resumes by its own positions"}
-    )
-    prediction_loss_only: bool = field(default=True, metadata={"help": "must stay true: no logits are computed"})
-    report_to: None | str | list[str] = field(
-        default="none", metadata={"help": "experiment trackers, e.g. tensorboard, wandb or trackio"}
-    )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "data loading processes per rank"})
-
-    def __post_init__(self):
-        if self.dry_run is not None:
-            self.use_cpu = True
-        if self.resume_from_checkpoint in ("true", "True", "false", "False"):
-            self.resume_from_checkpoint = "last" if self.resume_from_checkpoint.lower() == "true" else None
-        super().__post_init__()
-        if unknown := set(self.trains) - set(PARTS):
-            raise ValueError(f"trains names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
-        if not self.trains:
-            raise ValueError(f"trains is empty; name at least one of {', '.join(PARTS)}")
-        for name in ("remove_unused_columns", "ignore_data_skip", "prediction_loss_only"):
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must stay as it is, see --help: leave it out")
-        for name, reason in REFUSED.items():
-            if getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)}, but {reason}; leave it out")
-        if self.loss_type != "nll":
-            raise ValueError(
-                f"loss_type is {self.loss_type!r}, but lm_loss is the negative log-likelihood; leave it out"
-            )
-        if self.trains == ["depth_head"] and not self.depth_weight > 0:
-            raise ValueError(f"depth_weight is {self.depth_weight}, so a head trained alone has no loss; raise it")
-        self.depth_losses = self.depth_losses or {"silog": 1.0}
-        if unknown := set(self.depth_losses) - set(DEPTH_LOSSES):
-            raise ValueError(
-                f"depth_losses names {', '.join(sorted(unknown))}; the terms are {', '.join(DEPTH_LOSSES)}"
-            )
-        if self.max_steps > 0 and self.num_train_epochs > 0:
-            raise ValueError(
-                f"max_steps is {self.max_steps} and num_train_epochs {self.num_train_epochs}, and each sets the length "
-                "of the run; leave one of them out"
-            )
-        if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = self.accumulation()
-
-    @property
-    def processes(self) -> int:
-        """Number of processes that train: as launched, or as --dry_run asks for."""
-        return self.dry_run or self.world_size
-
-    @property
-    def samples_per_step(self) -> int:
-        return self.processes * self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    def accumulation(self) -> int:
-        """Micro-batches per optimizer step that make up `global_batch_size`; ValueError where no number does."""
-        at_once = self.processes * self.per_device_train_batch_size
-        steps, rest = divmod(self.global_batch_size, at_once)
-        product = (
-            f"{self.processes} processes x per_device_train_batch_size {self.per_device_train_batch_size} = {at_once}"
-        )
-        if rest or not steps:
-            raise ValueError(
-                f"global_batch_size is {self.global_batch_size}, which is not a multiple of {product}; change the "
-                "number of processes or per_device_train_batch_size, or set global_batch_size to "
-                f"{max(steps, 1) * at_once} or {(steps + 1) * at_once}"
-            )
-        if self.gradient_accumulation_steps not in (1, steps):
-            raise ValueError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}, but {product} and "
-                f"global_batch_size {self.global_batch_size} make it {steps}; leave one of them out"
-            )
-        return steps
-
-
-def freeze(model: DepthVLMForConditionalGeneration, trains: list[str]) -> None:
-    """Make the named `PARTS` trainable and freeze every other parameter."""
-    if "lm_head" in trains and model.config.tie_word_embeddings and "language_model" not in trains:
-        raise ValueError(
-            "trains has lm_head without language_model, but this model's LM head is the LLM's embedding; name both"
-        )
-    for name, parameter in model.named_parameters():
-        is_trained = name.startswith(tuple(PARTS[part] for part in trains))
-        parameter.requires_grad = is_trained and parameter.is_floating_point()  # of 4-bit weights, adapters are trained
 
 
 class DepthSFTTrainer(SFTTrainer):
@@ -226,7 +66,7 @@ class DepthSFTTrainer(SFTTrainer):
         train_dataset: TrainingStream,
         rows: dict[str, int] | None = None,
         **kwargs,
-    ):
+    ) -> None:
         """rows: number of rows of each data set of the mix, by its label, for the log's `epochs/NAME`."""
         if any(parameter.requires_grad for parameter in model.depth_head.parameters()):
             model.depth_head.float()  # whatever the base is in
@@ -311,7 +151,9 @@ class DepthSFTTrainer(SFTTrainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict], num_batches: int, device: torch.device
+    ) -> tuple[list[dict], torch.Tensor | None]:
         start = time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self.counts["data_wait"] += time.perf_counter() - start
@@ -331,7 +173,7 @@ class DepthSFTTrainer(SFTTrainer):
         self.judge_refused_rows(zip(rows[::2], rows[1::2], strict=True))
         return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def judge_refused_rows(self, rows) -> None:
+    def judge_refused_rows(self, rows: Iterable[tuple[float, float]]) -> None:
         """rows: (read, refused) of each data set, on all ranks. Raises ValueError past `max_bad_share`."""
         self.refused_rows = dict(zip(self.set_names["train"], rows, strict=True))
         read, refused = (sum(column) for column in zip(*self.refused_rows.values(), strict=True))
@@ -343,7 +185,13 @@ class DepthSFTTrainer(SFTTrainer):
                 f"the data, listed in {self.train_dataset.log}, or raise max_bad_share"
             )
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, DepthTrainingOutput]:
         mode = "train" if self.model.training else "eval"
         inputs = dict(inputs)
         row_sets, image_sets = inputs.pop("row_sets"), inputs.pop("image_sets")
@@ -390,7 +238,7 @@ class DepthSFTTrainer(SFTTrainer):
         column = SUMS.index(first)
         self.sums[mode][:, column : column + values.shape[1]].index_add_(0, sets, values.double() / count)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         if mode == "eval" or self.updates:
             prefix = "eval_" if mode == "eval" else ""
@@ -446,7 +294,7 @@ class DepthSFTTrainer(SFTTrainer):
             },
         }
 
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
         start = time.perf_counter()
         metrics = super().evaluate(*args, **kwargs)
         self.clock += time.perf_counter() - start  # no time of training
@@ -454,8 +302,8 @@ class DepthSFTTrainer(SFTTrainer):
 
     # Resuming
 
-    def position_file(self, checkpoint) -> Path:
-        return Path(checkpoint) / f"data_position_{self.args.process_index}.json"
+    def position_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data_position_{self.args.process_index}.json"
 
     def sizes(self) -> dict:
         """What must stay the same for the data to go on from a position."""
@@ -470,7 +318,12 @@ class DepthSFTTrainer(SFTTrainer):
 
     # Saving
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
         if self.is_world_process_zero():
             self.save_card(self.args.output_dir)
 
@@ -489,7 +342,7 @@ class DepthSFTTrainer(SFTTrainer):
         """Whether checkpoints hold what `save_shards` writes; adapters are saved by accelerate."""
         return self.in_shards and not isinstance(self.model, PeftModel)
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.in_shards and self.args.should_save:  # Trainer would write nothing
             save_without_weights(self.model, self.processing_class, output_dir or self.args.output_dir)
             self.save_card(output_dir or self.args.output_dir)
@@ -552,11 +405,11 @@ class DepthSFTTrainer(SFTTrainer):
                 "positions": list(self.positions),
                 "num_tokens": self._total_train_tokens,
             }
-            file.with_suffix(".tmp").write_text(json.dumps(self.layout() | self.sizes() | position))
-            file.with_suffix(".tmp").replace(file)  # written last, and whole: it says that the checkpoint is complete
+            with open_whole(file, "w") as opened:  # written last: it says that the checkpoint is complete
+                json.dump(self.layout() | self.sizes() | position, opened)
         self.clock += time.perf_counter() - start
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> TrainOutput | None:
         if resume_from_checkpoint:
             self.resume_data(resume_from_checkpoint)
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
@@ -590,39 +443,12 @@ class DepthSFTTrainer(SFTTrainer):
             self.positions.extend(ranks[self.args.process_index]["positions"])
 
 
-class FilledUp(Dataset):
-    """A data set whose indices beyond its length are rows of it that are marked not to count."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[dict, bool]:
-        return self.dataset[index % len(self.dataset)], index < len(self.dataset)
-
-
-def collate_filled_up(collator, rows: list[tuple[dict, bool]]) -> dict:
-    """A batch without the answers and depth labels of the rows that do not count."""
-    samples, counts = zip(*rows, strict=True)
-    batch = collator(list(samples))
-    batch["labels"][~torch.tensor(counts)] = -100
-    if "depth_labels" in batch:
-        of_images = [counted for sample, counted in rows for _ in sample["depth_labels"]]
-        batch["depth_labels"] = [
-            label if counted else torch.zeros_like(label)
-            for label, counted in zip(batch["depth_labels"], of_images, strict=True)
-        ]
-    return batch
-
-
 class EpochCallback(TrainerCallback):
     """Counts epochs by rows; to Trainer, a stream's epoch is the whole run."""
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int) -> None:
         """rows: of all data sets together."""
         self.rows = rows
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: DepthSFTConfig, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         state.epoch = state.global_step * args.samples_per_step / self.rows

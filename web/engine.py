@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from depthvlm import outputs
 from depthvlm.handler import MAX_NEW_TOKENS, describe_camera, encode_inputs
+from depthvlm.predictions import outputs
 
 VIEW_PIXELS = 1_000_000  # of the map that a browser is sent
 POINTS = 100_000  # of a cloud
@@ -140,10 +140,10 @@ class Engine:
         conversation = self.conversations.pop(result, None)
         if conversation is None:  # others came since: begin anew
             result.inputs, seen = self._begin_anew(result.inputs, question), result.prediction
-            for words in self.see(result, True):
+            for text in self.see(result, True):
                 result.prediction = seen  # it may have been rescaled
-                if words is not None:
-                    yield words
+                if text is not None:
+                    yield text
             return
         inputs = self._follow_up(conversation, question)
         for kind, value in self._generate(dict(inputs), MAX_NEW_TOKENS):

@@ -26,12 +26,15 @@ class DepthVLM(Contestant[BatchFeature]):
         return self.processor(
             images=[query.image for query in queries],
             focal_lengths=[query.intrinsics[0] for query in queries],
+            uint8_patches=True,  # an eighth of the bytes between the processes
             return_tensors="pt",
         )
 
     @torch.inference_mode()
     def maps(self, prepared: BatchFeature) -> list[np.ndarray]:
-        outputs = self.model(**prepared.to(self.model.device), logits_to_keep=1)
+        inputs = dict(prepared.to(self.model.device))
+        inputs["pixel_values"] = self.processor.normalize_patches(inputs["pixel_values"])
+        outputs = self.model(**inputs, logits_to_keep=1)
         maps = self.processor.post_process_depth_estimation(outputs)
         return [depth["predicted_depth"].float().cpu().numpy() for depth in maps]
 

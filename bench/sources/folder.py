@@ -30,7 +30,7 @@ class Folder(Source):
     depth_scale = 1000.0  # here and in depth_range: of a folder in millimetres; each folder states its own
     depth_range = (0.001, 65.534)
 
-    def __init__(self, raw: str | Path):
+    def __init__(self, raw: str | Path) -> None:
         super().__init__(raw)
         try:
             self.folder = RGBDFolder(raw)

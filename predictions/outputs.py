@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from depthvlm.files import open_whole
 from depthvlm.handler import MAX_MILLIMETRES, depth_npz, depth_png
+
+from .files import open_whole
 
 SUFFIXES = {  # what --save names -> how its file ends
     "png": "_depth.png",
@@ -32,7 +33,7 @@ PALETTE = np.concatenate(  # near is red
     [colormaps["turbo_r"](np.linspace(0, 1, SHADES)), colormaps["gray"](np.linspace(0, 1, 256 - SHADES))]
 )
 PALETTE = (PALETTE[:, :3] * 255 + 0.5).astype(np.uint8)
-TICKS = [step * 10.0**power for power in range(-3, 5) for step in (1, 2, 5)]  # metres on a scale
+COARSE, FINE = (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)  # steps of a scale within a power of ten
 MAX_PICTURE_PIXELS = 2_000_000
 MAX_TEXTURE_SIDE = 2048
 # A surface seen at less than 5 degrees is a depth edge, whose pixels lie between two objects and on neither.
@@ -159,7 +160,11 @@ def draw_scale(width: int, limits: tuple[float, float]) -> Image.Image:
 
 def round_metres(near: float, far: float) -> list[float]:
     """Distances for a scale's ticks; the limits themselves, to three digits, where no round ones lie between them."""
-    ticks = [tick for tick in TICKS if near <= tick <= far]
+    for steps in (COARSE, FINE):
+        ticks = [step * 10.0**power for power in range(-3, 5) for step in steps]
+        ticks = [tick for tick in ticks if near <= tick <= far]
+        if len(ticks) > 3:
+            return ticks
     return ticks if len(ticks) > 1 else [float(f"{near:.3g}"), float(f"{far:.3g}")]
 
 

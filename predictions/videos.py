@@ -1,5 +1,6 @@
 """Video files by PyAV, an optional package: frames of one, and a depth video of many maps."""
 
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from depthvlm.files import open_whole
-from depthvlm.outputs import PALETTE, color_index, color_limits, draw_scale
+from .files import open_whole
+from .outputs import PALETTE, color_index, color_limits, draw_scale
 
 SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp"}
 
@@ -21,11 +22,11 @@ def import_av():
     return av
 
 
-def read_frames(path: str | Path, fps: float) -> Iterator[tuple[float, Image.Image]]:
+def read_frames(path: str | Path, fps: float, max_megapixels: float = math.inf) -> Iterator[tuple[float, Image.Image]]:
     """
     (seconds from the start, upright RGB frame) of a video, `fps` per second: each the first at or after its time.
 
-    Raises `ValueError` for a file that is no video, or where it breaks off, after the frames before.
+    Raises `ValueError` for a file that is no video, has larger frames, or where it breaks off, after the frames before.
     """
     av = import_av()
     try:
@@ -33,6 +34,8 @@ def read_frames(path: str | Path, fps: float) -> Iterator[tuple[float, Image.Ima
             if not container.streams.video:
                 raise ValueError("it has no pictures")
             stream = container.streams.video[0]
+            if (megapixels := stream.width * stream.height / 1e6) > max_megapixels:
+                raise ValueError(f"its frames have {megapixels:.0f} megapixels, more than {max_megapixels:g}")
             stream.thread_type = "AUTO"
             start, number = None, 0
             for frame in container.decode(stream):

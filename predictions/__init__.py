@@ -1,0 +1,1 @@
+"""Files of predictions, for predict.py, the page and checkpoints' cards."""
