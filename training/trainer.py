@@ -24,8 +24,8 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from depthvlm.files import open_whole
 from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration
+from depthvlm.predictions.files import open_whole
 
 from .arguments import DepthSFTConfig
 from .checkpoints import (
