@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from . import paper
 from .arguments import positive
+from .files import write_json
 from .tables import Row, Score, Table, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,15 +63,33 @@ def add_ablate(commands: argparse._SubParsersAction) -> None:
 
 def run_ablate(args: argparse.Namespace) -> int:
     changes = {"max_steps": args.steps} if args.steps else {}
+    rows, tables = (read_rows(ROWS.parent / "depth_for_words"), [WORDS]) if args.words else (read_rows(), args.tables)
+    results = ablate(args.out, rows, tables, args.seeds, args.frames, changes, args.num_proc)
     if args.words:
-        rows = read_rows(ROWS.parent / "depth_for_words")
-        results = ablate(args.out, rows, [WORDS], args.seeds, args.frames, changes, args.num_proc)
         print(write_words(args.out, rows, results))
-        return 0
-    rows = read_rows()
-    results = ablate(args.out, rows, args.tables, args.seeds, args.frames, changes, args.num_proc)
-    print(write_tables(args.out, rows, results, args.tables, args.frames, changes))
+    else:
+        print(write_tables(args.out, rows, results, tables, args.frames, changes))
+    write_json(args.out / f"{'words' if args.words else 'tables'}.json", provenance(args))
     return 0
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """What was run, on which machine, by which code, and for how long: all runs in the folder, over all calls."""
+    from .efficiency import machine
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    )
+    seconds = [float(file.read_text()) for file in (args.out / "runs").glob("*/seconds")]
+    return {
+        "tables": WORDS if args.words else args.tables,
+        "seeds": args.seeds,
+        "frames": args.frames,
+        "steps": args.steps or "the rows' own",
+        "commit": commit.stdout.strip(),
+        "hours": round(sum(seconds) / 3600, 2),
+        "machine": machine("cpu") | {"cpus": os.cpu_count()},
+    }
 
 
 # Rows
@@ -251,10 +271,13 @@ def train(out: Path, stage: str, settings: dict) -> Path:
     command += ["train_sft.py", "--config", str(config)]
     if list(folder.glob("checkpoint-*/data_position_0.json")):
         command += ["--resume_from_checkpoint", "last"]
+    begun, spent = time.monotonic(), folder / "seconds"
     with open(folder / "train.log", "a") as log:
         # OpenMP's threads otherwise burn what data workers need
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+    earlier = float(spent.read_text()) if spent.exists() else 0.0
+    spent.write_text(str(earlier + time.monotonic() - begun))
     if status:
         raise ChildProcessError(f"{' '.join(command)} ended with status {status}; read {folder / 'train.log'}")
     scores = {}
