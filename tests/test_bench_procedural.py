@@ -166,7 +166,7 @@ def train_pictures():
 
 @pytest.fixture(scope="module")
 def easy_pictures():
-    return [picture("easy_train", i, SMALL) for i in range(24)]
+    return [picture("easy_train", i, SMALL) for i in range(40)]
 
 
 def back_project(sample, cam):
@@ -390,6 +390,7 @@ def test_easy_pictures_show_few_large_things_by_name(easy_pictures):
         }
         for kind, question, answer in sample.qa:
             if kind in PLACES:
+                assert all(number.endswith("0") for number in re.findall(r"(\d+) %", question))
                 continue
             kinds[kind] += 1
             if kind == "nearest":

@@ -1,7 +1,8 @@
 """Questions that name no thing: about points, halves and the whole of a picture, answered from its depth map.
 
-A point is given in whole per cents of the picture's width and height, from its left and its top edge: the pixel that
-holds it. Distances are z-depths, stated to 0.1 m below 10 m and to 1 m from there on.
+A point is given in whole per cents of the picture's width and height, from its left and its top edge (in the easier
+pictures in tens of them): the pixel that holds it. Distances are z-depths, stated to 0.1 m below 10 m and to 1 m from
+there on.
 """
 
 import numpy as np
@@ -18,17 +19,18 @@ TRIES = 50  # points drawn until one can be asked about
 Point = tuple[str, float]  # where it is, in words, and its depth in metres
 
 
-def ask(draw: Draw, depth: np.ndarray, camera_height: float | None) -> list[tuple[str, str, str]]:
+def ask(draw: Draw, depth: np.ndarray, camera_height: float | None, step: int = 1) -> list[tuple[str, str, str]]:
     """(kind, question, answer) about depth (H, W), z in metres, 0 = none. camera_height: metres; None without a floor.
+    step: per cents of which a point's place is a multiple.
 
     About 36: "A" and "B" are equally often right, and no question is left out for what its answer is.
     """
     questions = []
     for _ in range(POINTS):
-        if point := choose_point(draw, depth):
+        if point := choose_point(draw, depth, step):
             questions.append(("point_distance", f"How far is the point {point[0]}?", metres(point[1])))
     for _ in range(PAIRS):
-        a, b = choose_point(draw, depth), choose_point(draw, depth)
+        a, b = choose_point(draw, depth, step), choose_point(draw, depth, step)
         if a and b and max(a[1], b[1]) >= NEARER * min(a[1], b[1]):
             question = f"Which is nearer, point A {a[0]}, or point B {b[0]}?"
             questions.append(("nearer_point", question, "A" if a[1] < b[1] else "B"))
@@ -46,12 +48,13 @@ def ask(draw: Draw, depth: np.ndarray, camera_height: float | None) -> list[tupl
     return list(dict.fromkeys(questions))  # one point may have been drawn twice
 
 
-def choose_point(draw: Draw, depth: np.ndarray) -> Point | None:
+def choose_point(draw: Draw, depth: np.ndarray, step: int) -> Point | None:
     """A point with a depth, away from edges of the depth map; None where TRIES of them are not."""
     height, width = depth.shape
     reach = 1 + int(AROUND * width)
+    lowest, highest = -(-MARGIN // step), (100 - MARGIN) // step
     for _ in range(TRIES):
-        x, y = draw.integer(MARGIN, 100 - MARGIN), draw.integer(MARGIN, 100 - MARGIN)
+        x, y = draw.integer(lowest, highest) * step, draw.integer(lowest, highest) * step
         u, v = x * width // 100, y * height // 100
         around = depth[max(v - reach, 0) : v + reach + 1, max(u - reach, 0) : u + reach + 1]
         if around.min() > 0 and around.max() < SMOOTH * around.min():

@@ -53,7 +53,7 @@ def picture(
         qa = ask(draw, scene, things, depth, alone)
         if len(qa) >= 3:
             break
-    qa += places.ask(draw, depth, scene.eye[2] if scene.walls else None)
+    qa += places.ask(draw, depth, scene.eye[2] if scene.walls else None, step=1 if scene.kinds else 10)
     return Sample(develop(scene, camera, z, part), depth, camera.intrinsics, qa), things, scene, camera
 
 
