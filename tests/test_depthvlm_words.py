@@ -1,7 +1,9 @@
 """The contestant that asks a DepthVLM in words: which question each point becomes, and what its replies count as."""
 
+import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ from PIL import Image
 
 from bench.contestants import depthvlm_words
 from bench.contestants._base import Query
+from depthvlm.processing_depthvlm import DepthVLMProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_each_point_is_asked_about_at_its_place(monkeypatch):
@@ -53,3 +58,18 @@ def test_the_question_is_the_one_that_procedural_trains():
     pattern = re.escape(depthvlm_words.PROMPT).replace(re.escape("{}"), r"\d+")
     asked = [question for kind, question, _ in render("train", 0, (64, 48)).qa if kind == "point_distance"]
     assert asked and all(re.fullmatch(pattern, question) for question in asked)
+
+
+def test_the_tokenizer_here_has_every_word_of_the_questions():
+    """No text is lost on the way to ids and back, special tokens keep their places, and a question stays short."""
+    from bench.sources.procedural.source import render
+
+    processor = DepthVLMProcessor.from_pretrained(ROOT, trust_remote_code=False)
+    config = json.loads((ROOT / "config.json").read_text())
+    assert processor.image_token_id == config["image_token_id"]
+    for split in ("train", "easy_train"):
+        for kind, question, answer in render(split, 0, (64, 48)).qa:
+            for text in (question, answer):
+                ids = processor.tokenizer(text)["input_ids"]
+                assert processor.tokenizer.decode(ids) == text and max(ids) < config["text_config"]["vocab_size"]
+                assert kind != "point_distance" or len(ids) <= 22

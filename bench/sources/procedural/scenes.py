@@ -418,11 +418,7 @@ def room(draw: Draw, spread: float) -> Scene:
         scene.kinds = ("ball", "box", "table", "chair", "sofa", "shelf", "person", "door", "column")
     else:
         width, length, height = draw.uniform(2.8, 6.0), draw.uniform(3.2, 8.0), draw.uniform(2.35, 2.9)
-    hx, hy = width / 2, length / 2
-    scene.walls = hx, hy, height
-    scene.light = draw.uniform(-0.3, 0.3) * hx, draw.uniform(-0.3, 0.5) * hy, height - 0.25
-    scene.ambient, scene.strength = draw.uniform(0.42, 0.6), draw.uniform(0.5, 0.85)
-    scene.add("room", (0, 0, height / 2), (width, length, height), room_paint(draw, height), shadow=False)
+    hx, hy = enclose(scene, draw, width, length, height)
 
     # The eye stands near an end and looks along the room, sometimes across it.
     margin = min(0.6, 0.3 * hx)
@@ -458,15 +454,21 @@ def room(draw: Draw, spread: float) -> Scene:
     return scene
 
 
-def simple_room(draw: Draw, spread: float) -> Scene:
-    """A room with two to four things before the camera, no two of one colour, and pictures on its walls."""
-    scene = Scene(())
-    width, length, height = draw.uniform(3.4, 6.0), draw.uniform(5.0, 8.0), draw.uniform(2.35, 2.9)
+def enclose(scene: Scene, draw: Draw, width: float, length: float, height: float) -> tuple[float, float]:
+    """Floor, walls, ceiling and the light of a room in m; returns half its width and half its length."""
     hx, hy = width / 2, length / 2
     scene.walls = hx, hy, height
     scene.light = draw.uniform(-0.3, 0.3) * hx, draw.uniform(-0.3, 0.5) * hy, height - 0.25
     scene.ambient, scene.strength = draw.uniform(0.42, 0.6), draw.uniform(0.5, 0.85)
     scene.add("room", (0, 0, height / 2), (width, length, height), room_paint(draw, height), shadow=False)
+    return hx, hy
+
+
+def simple_room(draw: Draw, spread: float) -> Scene:
+    """A room with two to four things before the camera, no two of one colour, and pictures on its walls."""
+    scene = Scene(())
+    width, length, height = draw.uniform(3.4, 6.0), draw.uniform(5.0, 8.0), draw.uniform(2.35, 2.9)
+    hx, hy = enclose(scene, draw, width, length, height)
     x, y = draw.uniform(-0.5, 0.5) * hx, 0.35 - hy
     scene.eye = x, y, draw.uniform(1.0, 1.8)
     sine, cosine = unit(draw.uniform(-0.5, 0.5) * hx - x, hy - y)
