@@ -50,8 +50,8 @@ tiny: export OMP_WAIT_POLICY = PASSIVE
 tiny: export ONEDNN_PRIMITIVE_CACHE_CAPACITY = 20000
 tiny: .venv/.installed
 	$(BIN)/python create_tiny.py output/tiny/start
-	$(BIN)/python -m bench build procedural --out output/tiny/data --split train --num-proc 2
-	$(BIN)/python -m bench build procedural --out output/tiny/data --split test --num-proc 2
+	for source in procedural procedural_easy; do for split in train test; do \
+		$(BIN)/python -m bench build $$source --out output/tiny/data --split $$split --num-proc 2 || exit 1; done; done
 	rm -rf output/tiny/pretrain output/tiny/stage1 output/tiny/stage2
 	for stage in pretrain stage1 stage2; do $(BIN)/torchrun --nproc-per-node 2 train_sft.py --config configs/tiny_$$stage.yaml || exit 1; done
 	@echo "The checkpoint lies in output/tiny/stage2"

@@ -1,4 +1,4 @@
-"""Tables 4 to 7 of the paper in miniature: `python -m bench ablate --out DIR`.
+"""Tables 4 to 7 of the paper in miniature, and whether depth helps answers: `python -m bench ablate --out DIR`.
 
 Each row is a file of configs/ablations: what it changes of the tiny model and of its stages of training. All rows of a
 seed start from one tiny "pretrained" model, train on `procedural` and are scored on frames held out from it.
@@ -13,25 +13,32 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import pandas
 import yaml
+from scipy import stats
 from tqdm import tqdm
 
 from . import paper
 from .arguments import positive
+from .files import write_json
 from .tables import Row, Score, Table, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ROOT / "configs" / "ablations"
 TABLES = (4, 5, 6, 7)  # of the paper
+WORDS = "words"  # the table of configs/depth_for_words, which the paper has not
+KINDS = ("point_distance", "nearer_point", "distance", "nearer")  # of questions, in that table
 KEYS = {"tables", "config", "stages", "stage1", "stage2", "focal_normalization"}
 MOST_HELD_OUT = 500  # frames
+EASY_SHARE = 0.25  # easy frames per frame
 # metrics of the trainer's JSON files -> their names here
 METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": "questions"}
+METRICS |= {f"questions_{kind}": kind for kind in KINDS}
 
 
 def add_ablate(commands: argparse._SubParsersAction) -> None:
@@ -48,15 +55,41 @@ def add_ablate(commands: argparse._SubParsersAction) -> None:
         help="trained on, at most 20000; a tenth, at most 500, is held out",
     )
     parser.add_argument("--num-proc", type=positive, default=1, metavar="N", help="processes that draw the frames")
+    parser.add_argument(
+        "--words", action="store_true", help="instead of the tables: answers with and without the depth loss"
+    )
     parser.set_defaults(run=run_ablate)
 
 
 def run_ablate(args: argparse.Namespace) -> int:
     changes = {"max_steps": args.steps} if args.steps else {}
-    rows = read_rows()
-    results = ablate(args.out, rows, args.tables, args.seeds, args.frames, changes, args.num_proc)
-    print(write_tables(args.out, rows, results, args.tables, args.frames, changes))
+    rows, tables = (read_rows(ROWS.parent / "depth_for_words"), [WORDS]) if args.words else (read_rows(), args.tables)
+    results = ablate(args.out, rows, tables, args.seeds, args.frames, changes, args.num_proc)
+    if args.words:
+        print(write_words(args.out, rows, results))
+    else:
+        print(write_tables(args.out, rows, results, tables, args.frames, changes))
+    write_json(args.out / f"{'words' if args.words else 'tables'}.json", provenance(args))
     return 0
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """What was run, on which machine, by which code, and for how long: all runs in the folder, over all calls."""
+    from .efficiency import machine
+
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
+    )
+    seconds = [float(file.read_text()) for file in (args.out / "runs").glob("*/seconds")]
+    return {
+        "tables": WORDS if args.words else args.tables,
+        "seeds": args.seeds,
+        "frames": args.frames,
+        "steps": args.steps or "the rows' own",
+        "commit": commit.stdout.strip(),
+        "hours": round(sum(seconds) / 3600, 2),
+        "machine": machine("cpu") | {"cpus": os.cpu_count()},
+    }
 
 
 # Rows
@@ -81,7 +114,7 @@ def read_rows(folder: Path = ROWS) -> dict[str, dict]:
     return rows
 
 
-def rows_of(rows: dict[str, dict], table: int) -> list[str]:
+def rows_of(rows: dict[str, dict], table: int | str) -> list[str]:
     """Names of a table's rows, in the paper's order."""
     return sorted(
         (name for name in rows if table in rows[name]["tables"]), key=lambda name: rows[name]["tables"][table]
@@ -92,9 +125,17 @@ def rows_of(rows: dict[str, dict], table: int) -> list[str]:
 
 
 def ablate(
-    out: Path, rows: dict[str, dict], tables: list[int], seeds: list[int], frames: int, changes: dict, num_proc: int = 1
+    out: Path,
+    rows: dict[str, dict],
+    tables: list[int | str],
+    seeds: list[int],
+    frames: int,
+    changes: dict,
+    num_proc: int = 1,
 ) -> dict[str, dict[int, dict]]:
-    """Train and score all rows of `tables`: name -> seed -> `delta1`, `abs_rel` and, of table 6, `questions`.
+    """
+    Train and score all rows of `tables`: name -> seed -> `delta1`, `abs_rel` and, of table 6 and "words", `questions`
+    and the `KINDS`.
 
     changes: of the trainer's arguments, in every stage. Runs lie in out/runs, named by what decides them: one that is
     finished is not trained again, one that was cut short goes on, and rows that begin alike share their beginning.
@@ -115,16 +156,19 @@ def ablate(
 
 
 def build_data(folder: Path, frames: int, num_proc: int) -> Path:
-    """`frames` procedural frames to train on and `held_out` ones to score on, built where they are missing."""
+    """
+    `frames` procedural frames to train on and `held_out` ones to score on, and a quarter as many easy ones, built where
+    they are missing.
+    """
     from . import build, sources
     from .sources.procedural.source import COUNTS
 
     if frames > COUNTS["train"]:
         raise ValueError(f"--frames {frames} is more than procedural's {COUNTS['train']} to train on; ask for fewer")
-    source = sources.get("procedural")
-    for split, count in (("train", frames), ("test", held_out(frames))):
-        reader = build.SourceReader(source, None, split)
-        build.write_split(folder, source, split, reader, *reader.plan(count), num_proc)
+    for source, share in ((sources.get("procedural"), 1), (sources.get("procedural_easy"), EASY_SHARE)):
+        for split, count in (("train", frames), ("test", held_out(frames))):
+            reader = build.SourceReader(source, None, split)
+            build.write_split(folder, source, split, reader, *reader.plan(math.ceil(count * share)), num_proc)
     return folder
 
 
@@ -171,7 +215,7 @@ def run_row(out: Path, data: Path, row: dict, pretrained: Path, seed: int, frame
         data = without_focal_lengths(data, json.loads((folder / "config.json").read_text())["canonical_focal_length"])
     for stage in row["stages"]:
         last = stage == row["stages"][-1]
-        own = row[stage] | {"eval_questions": held_out(frames) if last and 6 in row["tables"] else 0}
+        own = row[stage] | {"eval_questions": held_out(frames) if last and {6, WORDS} & set(row["tables"]) else 0}
         folder = train(out, stage, stage_settings(stage, folder, data, seed, frames, own, changes))
     return json.loads((folder / "finished.json").read_text())
 
@@ -227,10 +271,13 @@ def train(out: Path, stage: str, settings: dict) -> Path:
     command += ["train_sft.py", "--config", str(config)]
     if list(folder.glob("checkpoint-*/data_position_0.json")):
         command += ["--resume_from_checkpoint", "last"]
+    begun, spent = time.monotonic(), folder / "seconds"
     with open(folder / "train.log", "a") as log:
         # OpenMP's threads otherwise burn what data workers need
         environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+    earlier = float(spent.read_text()) if spent.exists() else 0.0
+    spent.write_text(str(earlier + time.monotonic() - begun))
     if status:
         raise ChildProcessError(f"{' '.join(command)} ended with status {status}; read {folder / 'train.log'}")
     scores = {}
@@ -286,6 +333,43 @@ def write_tables(out: Path, rows: dict, results: dict, tables: list[int], frames
     text = "\n".join(text)
     (out / "ablations.md").write_text(text)
     return text
+
+
+def write_words(out: Path, rows: dict, results: dict) -> str:
+    """Write out/words.csv, a line per row of configs/depth_for_words, and out/words.md; returns the Markdown.
+
+    The difference to the first row is taken seed by seed; its 95 % interval is Student's t over seeds.
+    """
+    names = rows_of(rows, WORDS)
+    seeds = sorted(results[names[0]])
+    records, lines = [], []
+    for name in names:
+        line = {"row": name}
+        cells = [name]
+        for metric in KINDS:
+            values = [results[name][seed].get(metric, math.nan) for seed in seeds]
+            gains = [value - results[names[0]][seed][metric] for value, seed in zip(values, seeds, strict=True)]
+            line[metric], half = statistics.mean(values), half_interval(gains)
+            line |= {f"{metric} gain": statistics.mean(gains), f"{metric} half interval": half}
+            line |= {f"{metric} seed {seed}": value for seed, value in zip(seeds, values, strict=True)}
+            gain = "" if name == names[0] else f" ({line[f'{metric} gain']:+.1%} ± {half:.1%})"
+            cells.append(f"{line[metric]:.1%}{gain}")
+        records.append(line)
+        lines.append(f"| {' | '.join(cells)} |")
+    pandas.DataFrame(records).to_csv(out / "words.csv", index=False)
+    text = f"| row | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}\n" + "\n".join(lines)
+    text += f"\n\nShares of right answers, means over seeds {', '.join(map(str, seeds))}; in brackets the gain over "
+    text += f"`{names[0]}`, seed by seed, with its 95 % interval (Student's t).\n"
+    (out / "words.md").write_text(text)
+    return text
+
+
+def half_interval(values: Sequence[float], confidence: float = 0.95) -> float:
+    """Half the width of Student's t interval of the mean; NaN of one value."""
+    if len(values) < 2:
+        return math.nan
+    t = stats.t.ppf(0.5 + confidence / 2, len(values) - 1)
+    return float(t * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def record(row: dict, columns: list[str], by_seed: dict[int, dict], metrics: Sequence[str]) -> dict:

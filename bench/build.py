@@ -6,6 +6,7 @@ Any number of builds may run in one folder at once: each file is written under a
 with the same bytes whoever writes it.
 """
 
+import collections
 import functools
 import inspect
 import io
@@ -27,6 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from tqdm import tqdm
+
+from training.answers import best_constant
 
 from . import manifest, sampling
 from .files import open_whole, shared_folder
@@ -246,6 +249,7 @@ def write_shard(
     if record := _finished(path, frames, build):
         return record
     record = {"frames": frames, "written": 0, "pixels": 0, "valid_pixels": 0, "points": 0, "skipped": []}
+    answers = collections.defaultdict(collections.Counter)  # to each kind of question
 
     def rows() -> Iterator[dict]:
         seen = set()
@@ -263,11 +267,13 @@ def write_shard(
             record["pixels"] += stored.size
             record["valid_pixels"] += int(np.count_nonzero(stored))
             record["points"] += len(row["points_u"])
+            for kind, answer in zip(row["qa"]["kind"], row["qa"]["answer"], strict=True):
+                answers[kind][answer] += 1
             yield row
 
     with open_whole(path) as file:
         hashes = _write_rows(file, arrow, rows())
-    return manifest.write_record_beside(path, build | record | {"rows": hashes})
+    return manifest.write_record_beside(path, build | record | {"answers": answers, "rows": hashes})
 
 
 def _digest(items: list[tuple[Frame, int]]) -> str:
@@ -378,6 +384,10 @@ def write_split(
                 path.unlink(missing_ok=True)
             first = f"{skipped[0]['id']}: {skipped[0]['reason']}"
             raise BadRaw(f"none of the {images} {split} frames of {source.name} can be used; the first, {first}")
+        answers = collections.defaultdict(collections.Counter)
+        for record in records:
+            for kind, counts in record["answers"].items():
+                answers[kind].update(counts)
         hashes = {name: value for record in records for name, value in record["rows"].items()}
         if len(hashes) < sums["written"]:
             raise ValueError(f"two frames of {folder} have one id; a frame's id must be unique in its split")
@@ -387,6 +397,7 @@ def write_split(
             "shards": n_shards,
             **sums,
             "skipped": skipped,
+            "questions": {kind: summary(kind, counts) for kind, counts in sorted(answers.items())},
             **{key: getattr(source, key) for key in ("title", "page", "licence", "citation")},
             "content": manifest.content_hash(hashes.values()),
             "files": [record["file"] | {"rows": record["written"]} for record in records],
@@ -396,6 +407,12 @@ def write_split(
     if strict and skipped:
         raise Skipped(f"{len(skipped)} frames were skipped by an earlier run without --strict: {skipped[0]}")
     return record
+
+
+def summary(kind: str, answers: collections.Counter) -> dict:
+    """Number of questions of a kind, and the answer that would be right most often with its share of right ones."""
+    answer, right = best_constant(kind, answers)
+    return {"number": answers.total(), "constant": answer, "right": right}
 
 
 def _begin(path: Path, build: dict) -> None:

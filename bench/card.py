@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import DatasetCardData
 
+from training.answers import TOLERANCES
+
 from . import manifest
 from .depthvlm_bench import GROUPS
 from .files import write_text
@@ -92,6 +94,7 @@ def render(out: Path) -> str:
     text += "| hash of the rows |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
     for record in records:
         text += _row(record)
+    text += questions(records)
     text += "\nEach `SOURCE/SPLIT.json` holds all parameters of the build, each skipped frame with its reason, "
     text += "and the hashes that `python -m bench verify` checks.\n"
     for name in splits:
@@ -99,6 +102,22 @@ def render(out: Path) -> str:
         text += f"\n### {facts['title']} (`{name}`)\n\n"
         text += f"Licence: {facts['licence']}  \nPage: {facts['page']}  \nCite: {facts['citation']}\n"
     return text
+
+
+def questions(records: list[dict]) -> str:
+    """A table of the kinds of questions, with what one answer to all of a kind would score; "" where none is asked."""
+    rows = "".join(
+        f"| {record['source']} | {record['split']} | {kind} | {facts['number']} | {facts['constant']} "
+        f"| {facts['right']:.1%} | {tolerance(kind)} |\n"
+        for record in records
+        for kind, facts in record.get("questions", {}).items()
+    )
+    head = "| source | split | kind of question | number | best constant answer | right | right within |\n"
+    return f"\n{head}|---|---|---|---|---|---|---|\n{rows}" if rows else ""
+
+
+def tolerance(kind: str) -> str:
+    return f"{TOLERANCES[kind]:.0%}" if kind in TOLERANCES else "to the letter"
 
 
 def section(title: str) -> str:

@@ -188,3 +188,36 @@ def test_mean_spread_and_order():
     alone = [record("a", 0.5, [0.1]), record("b", 0.6, [0.2])]
     text = markdown(ablate.comparison(4, alone))
     assert "One seed says nothing about spread" in ablate.order(alone) and "± " not in text
+
+
+def test_rows_about_depth_and_words():
+    """Three runs that differ in the depth loss alone; their last stage asks questions."""
+    rows = ablate.read_rows(ablate.ROWS.parent / "depth_for_words")
+    assert ablate.rows_of(rows, ablate.WORDS) == ["ours", "no_depth", "head_alone"]
+    ours = {"max_steps": rows["ours"]["stage2"]["max_steps"], "depth_weight": 1.0}
+    assert rows["ours"]["stage2"] == ours
+    assert rows["no_depth"]["stage2"] == ours | {"depth_weight": 0}
+    assert rows["head_alone"]["stage2"] == ours | {"depth_trains_head_alone": True}
+
+
+def test_gain_in_words_with_its_interval(tmp_path):
+    """Seed by seed, against SciPy's interval of the mean difference."""
+    from scipy import stats
+
+    rows = ablate.read_rows(ablate.ROWS.parent / "depth_for_words")
+    shares = {"ours": [0.5, 0.6, 0.7], "no_depth": [0.4, 0.55, 0.5], "head_alone": [0.5, 0.6, 0.7]}
+    results = {
+        name: {seed: dict.fromkeys(ablate.KINDS, value) for seed, value in enumerate(values)}
+        for name, values in shares.items()
+    }
+    text = ablate.write_words(tmp_path, rows, results)
+    gains = [after - before for after, before in zip(shares["no_depth"], shares["ours"], strict=True)]
+    low, high = stats.t.interval(0.95, 2, loc=sum(gains) / 3, scale=stats.sem(gains))
+    with open(tmp_path / "words.csv", newline="") as file:
+        ours, no_depth, head_alone = csv.DictReader(file)
+    assert float(no_depth["distance gain"]) == pytest.approx((low + high) / 2)
+    assert float(no_depth["distance half interval"]) == pytest.approx((high - low) / 2)
+    assert float(head_alone["nearer gain"]) == 0 and float(ours["nearer seed 2"]) == 0.7
+    assert "| no_depth | 48.3% (-11.7% ± " in text and "| ours | 60.0% |" in text
+    one = {name: {0: seeds[0]} for name, seeds in results.items()}
+    assert "nan" in ablate.write_words(tmp_path, rows, one)

@@ -1,13 +1,16 @@
 """The procedural source: depth against formulas of its own, the picture against the depth, the answers against both."""
 
+import collections
 import hashlib
 import pickle
 import re
 from itertools import islice
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from bench import build
 from bench.sources import get
 from bench.sources._base import Frame
 from bench.sources.procedural import render as caster
@@ -16,6 +19,14 @@ from bench.sources.procedural.source import CLEAR, COUNTS, KEYS, SEEN, SIZES, Pr
 
 GREY, FLAT = (0.5, 0.5, 0.5), (1.0, 0.0)
 SMALL = (160, 120)
+PLACES = (
+    "point_distance",
+    "nearer_point",
+    "nearer_half",
+    "nearest_distance",
+    "farthest_distance",
+    "camera_height",
+)
 NOUNS = {"boxes": "box", "people": "person", "shelves": "shelf"}
 
 
@@ -153,6 +164,11 @@ def train_pictures():
     return [picture("train", i, SMALL) for i in range(40)]
 
 
+@pytest.fixture(scope="module")
+def easy_pictures():
+    return [picture("easy_train", i, SMALL) for i in range(40)]
+
+
 def back_project(sample, cam):
     """World x, y, z of every pixel, from its depth and the intrinsics."""
     h, w = sample.depth.shape
@@ -266,7 +282,8 @@ def test_sizes_vary_and_size_replaces_them():
 def test_answers_agree_with_depth_and_things(pictures, train_pictures):
     asked = {"distance": 0, "nearer": 0, "count": 0, "left": 0}
     for sample, things, scene, _ in pictures + train_pictures:
-        assert 3 <= len(sample.qa) <= 6 and len(set(sample.qa)) == len(sample.qa)
+        qa = [pair for pair in sample.qa if pair[0] in asked]
+        assert 3 <= len(qa) <= 6 and len(set(qa)) == len(qa) and sample.qa[: len(qa)] == qa
         pixels = np.bincount(things.ravel(), minlength=len(scene.things))
         seen = [i for i in range(1, len(scene.things)) if pixels[i] > SEEN * things.size]
         names = {i: scene.things[i].name for i in seen}
@@ -280,7 +297,7 @@ def test_answers_agree_with_depth_and_things(pictures, train_pictures):
         def depth_of(i, sample=sample, things=things):
             return np.percentile(sample.depth[things == i], 50, method="lower")
 
-        for kind, question, answer in sample.qa:
+        for kind, question, answer in qa:
             asked[kind] += 1
             if kind == "distance":
                 (name,) = re.fullmatch(r"How far is (.+) from the camera, in meters\?", question).groups()
@@ -311,6 +328,82 @@ def test_answers_agree_with_depth_and_things(pictures, train_pictures):
     assert min(asked.values()) > 15, asked
 
 
+POINT = r"at (\d+) % from the left and (\d+) % from the top"
+
+
+def stated(depth):
+    """Metres as answers state them: 0.1 m steps below 10 m, whole ones above."""
+    return f"{depth:.0f}" if float(f"{depth:.1f}") >= 10 else f"{depth:.1f}"
+
+
+def test_answers_about_places_agree_with_the_depth_map(pictures, train_pictures, easy_pictures):
+    asked = collections.Counter()
+    for sample, _, scene, _ in pictures + train_pictures + easy_pictures:
+        depth, (height, width) = sample.depth, sample.depth.shape
+        labelled = depth[depth > 0]
+
+        def at(x, y, depth=depth, height=height, width=width):
+            """Depth of the point that lies x % from the left edge and y % from the top one."""
+            assert 2 <= int(x) <= 98 and 2 <= int(y) <= 98
+            value = depth[int(int(y) / 100 * height), int(int(x) / 100 * width)]
+            assert value > 0
+            return value
+
+        places = [pair for pair in sample.qa if pair[0] in PLACES]
+        assert len(set(places)) == len(places) and sample.qa[-len(places) :] == places
+        for kind, question, answer in places:
+            asked[kind] += 1
+            if kind == "point_distance":
+                point = re.fullmatch(rf"How far is the point {POINT}\?", question).groups()
+                assert answer == stated(at(*point))
+            elif kind == "nearer_point":
+                points = re.fullmatch(rf"Which is nearer, point A {POINT}, or point B {POINT}\?", question).groups()
+                a, b = at(*points[:2]), at(*points[2:])
+                assert answer == ("A" if a < b else "B") and max(a, b) >= 1.15 * min(a, b)
+            elif kind == "nearer_half":
+                left, right = depth[:, : width // 2], depth[:, width // 2 :]
+                left, right = (np.percentile(half[half > 0], 50, method="lower") for half in (left, right))
+                assert answer == ("left" if left < right else "right") and max(left, right) >= 1.15 * min(left, right)
+            elif kind == "camera_height":
+                assert scene.walls and answer == stated(scene.eye[2])
+            else:
+                assert answer == stated(labelled.min() if kind == "nearest_distance" else labelled.max())
+                assert kind == "nearest_distance" or (depth > 0).all()
+    assert asked["point_distance"] > 20 * len(pictures + train_pictures + easy_pictures)
+    assert min(asked[kind] for kind in PLACES) > 10, asked
+
+
+def test_of_two_points_neither_is_right_more_often(train_pictures):
+    answers = [answer for sample, *_ in train_pictures for kind, _, answer in sample.qa if kind == "nearer_point"]
+    assert abs(answers.count("A") / len(answers) - 0.5) < 3 * 0.5 / len(answers) ** 0.5
+
+
+def test_easy_pictures_show_few_large_things_by_name(easy_pictures):
+    kinds = collections.Counter()
+    for sample, things, scene, _ in easy_pictures:
+        shown = [np.count_nonzero(things == i) for i in range(1, len(scene.things))]
+        assert 1 <= len(shown) <= 4 and len({thing.color for thing in scene.things}) == len(scene.things)
+        depth_of = {
+            thing.name: np.percentile(sample.depth[things == i], 50, method="lower")
+            for i, thing in enumerate(scene.things)
+            if i and (things == i).any()
+        }
+        for kind, question, answer in sample.qa:
+            if kind in PLACES:
+                assert all(number.endswith("0") for number in re.findall(r"(\d+) %", question))
+                continue
+            kinds[kind] += 1
+            if kind == "nearest":
+                assert question == "Which thing is nearest?" and answer == min(depth_of, key=depth_of.get)
+            elif kind == "nearer":
+                pair = re.fullmatch(r"Which is nearer, (.+) or (.+)\?", question).groups()
+                assert answer == min(pair, key=depth_of.get)
+            elif "middle of the picture" not in question:
+                (name,) = re.fullmatch(r"How far is (.+) from the camera, in meters\?", question).groups()
+                assert answer == f"{depth_of[name]:.1f}"
+    assert kinds.keys() == {"distance", "nearer", "nearest"} and kinds["nearest"] > 0.6 * len(easy_pictures)
+
+
 # The same frame everywhere, and never one frame twice
 
 GOLDEN = {
@@ -319,13 +412,22 @@ GOLDEN = {
 }
 
 
+GOLDEN_PLACES = {
+    ("train", 7): "edac64244c1fbcf2cd1cf61201907006dc1ed6f0a1e0b50e3d93d5396758b835",
+    ("test", 2): "5e9c7aced750427ccd32ac444c407f63e098f389130303bad18e89656092c5d0",
+}
+
+
 @pytest.mark.parametrize("split, index", GOLDEN)
 def test_golden_frames(split, index):
     sample = render(split, index)
     digest = hashlib.sha256(sample.image.tobytes())
     digest.update(np.round(sample.depth.astype(np.float64) * 1000).astype("<u4").tobytes())
-    digest.update(repr((sample.image.shape, sample.intrinsics, sample.qa)).encode())
+    named = [pair for pair in sample.qa if pair[0] not in PLACES]
+    digest.update(repr((sample.image.shape, sample.intrinsics, named)).encode())
     assert digest.hexdigest() == GOLDEN[split, index]
+    places = sample.qa[len(named) :]
+    assert hashlib.sha256(repr(places).encode()).hexdigest() == GOLDEN_PLACES[split, index]
 
 
 def test_random_words_are_those_of_philox():
@@ -365,10 +467,40 @@ def test_source_lists_without_drawing_and_loads_what_render_draws():
     assert (small.load(frame).image == render("train", 4, SMALL).image).all()
 
 
+def test_easy_source_draws_frames_of_its_own():
+    easy = get("procedural_easy")(size=SMALL)
+    frame = next(easy.frames("test"))
+    assert frame == Frame("test/000000000", "simple-room-000000000", frame.camera, ("easy_test", 0))
+    assert (easy.load(frame).image == render("easy_test", 0, SMALL).image).all()
+    assert not np.array_equal(easy.load(frame).image, render("test", 0, SMALL).image)
+
+
 def test_every_split_ends():
     source = Procedural()
     assert sum(1 for _ in source.frames("test")) == COUNTS["test"] == 1000
     assert list(source.splits) == ["train", "test"]
+
+
+def test_card_says_what_one_answer_to_all_questions_of_a_kind_scores(tmp_path):
+    source = get("procedural")
+    reader = build.SourceReader(source, None, "test")
+    record = build.write_split(tmp_path, source, "test", reader, *reader.plan(5))
+    rows = pq.read_table(tmp_path / "procedural" / "test-00000-of-00001.parquet").column("qa").to_pylist()
+    pairs = [pair for row in rows for pair in zip(row["kind"], row["answer"], strict=True)]
+    card = (tmp_path / "README.md").read_text()
+    assert {kind for kind, _ in pairs} == set(record["questions"])
+    for kind, facts in record["questions"].items():
+        truths = [answer for name, answer in pairs if name == kind]
+        tolerance = 0.1 if kind == "camera_height" else 0.25
+        if kind.endswith(("distance", "height")):
+            metres = np.array(truths, float)
+            shares = [np.mean(np.abs(float(answer) - metres) <= tolerance * metres) for answer in truths]
+        else:
+            shares = [np.mean([answer == truth for truth in truths]) for answer in truths]
+        assert facts["number"] == len(truths) and facts["right"] == pytest.approx(max(shares))
+        assert shares[truths.index(facts["constant"])] == max(shares)
+        line = f"| procedural | test | {kind} | {len(truths)} | {facts['constant']} | {max(shares):.1%} |"
+        assert line in card
 
 
 def test_unknown_split_frame_and_size_are_refused():

@@ -11,6 +11,7 @@ import torch
 import yaml
 from fixed_batches import byte_processor
 from PIL import Image
+from tiny import tiny_model
 
 from bench import sources
 from bench.depthvlm_bench import FEATURES
@@ -18,6 +19,7 @@ from depthvlm.processing_depthvlm import DEPTH_RESPONSE
 from training.data import DataArguments, DataSource, crop, read_sample
 from training.encoding import Collator, Encoder
 from training.held_out import EvalSamples
+from training.loss import separate
 from training.stream import TrainingStream
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +131,48 @@ def test_questions_come_in_another_order():
     pairs = [("count", f"{i}?", str(i)) for i in range(6)]
     orders = {tuple(answers_of(collate(sample_of(make_row(qa=pairs), "qa", seed)))[0]) for seed in range(5)}
     assert len(orders) > 1 and all(len(order) == 6 for order in orders)
+
+
+def test_separate_questions_are_each_answered_as_if_asked_alone():
+    """Log-probabilities of all answers in one pass, with another row and padding, against one pass per question."""
+    qa = [*PAIRS, ("count", "How many boxes are there in this picture?", "12")]
+    row = make_row(qa=qa, size=(96, 64))
+    encoder, collator = Encoder(byte_processor()), Collator(byte_processor())
+    names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+    model = tiny_model(**{f"{name}_id": getattr(byte_processor(), f"{name}_id") for name in names})
+
+    def log_probs(batch):
+        """Of every answer token, in the order of the batch."""
+        labels = batch.pop("labels")[:, 1:]
+        batch["pixel_values"] = byte_processor().normalize_patches(batch["pixel_values"])
+        for name in ("depth_labels", "row_sets", "image_sets"):
+            batch.pop(name, None)
+        if (branches := batch.pop("branches", None)) is not None:
+            batch |= separate(model, branches, batch)
+        with torch.no_grad():
+            states = model.model(**batch).last_hidden_state[:, :-1][labels != -100]
+            return model.lm_head(states).log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0]
+
+    source = DataSource("nowhere", kind="qa", separate_questions=True)
+    together = read_sample(row, source, np.random.default_rng(0))
+    plain = read_sample(make_row(1, qa=qa[:2]), DataSource("nowhere", kind="qa"), np.random.default_rng(0))
+    batch = collator([encoder(together), encoder(plain)])
+    assert batch["input_ids"][0].tolist().count(byte_processor().image_token_id) == 3 * 2
+    alone = []
+    for messages in (together["messages"], *together["others"]):
+        alone.append(log_probs(collator([encoder(together | {"messages": messages, "others": []})])))
+    alone.append(log_probs(collator([encoder(plain)])))
+    torch.testing.assert_close(log_probs(batch), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_max_questions_of_a_row_are_drawn_anew():
+    source = DataSource("nowhere", kind="qa", max_questions=1)
+    rng = np.random.default_rng(0)
+    drawn = [read_sample(make_row(), source, rng)["messages"] for _ in range(20)]
+    assert {len(messages) for messages in drawn} == {3}
+    assert {messages[2]["content"][0]["text"] for messages in drawn} == {"2.5", "a"}
+    with pytest.raises(ValueError, match="max_questions of data set 'nowhere' is 0"):
+        DataSource("nowhere", max_questions=0)
 
 
 def test_instruction_rows():

@@ -61,6 +61,15 @@ def test_depth_weight(tmp_path):
     assert largest_difference(gradients, expected) < 1e-6
 
 
+def test_depth_that_trains_the_head_alone(tmp_path):
+    """The head's gradients are those of the sum of both losses, everything else's those of the text loss."""
+    both, *_ = naive_gradients(tiny_model(), BATCHES, ALL)
+    text, *_ = naive_gradients(tiny_model(), BATCHES, ALL, beta=0)
+    expected = text | {name: value for name, value in both.items() if name.startswith("depth_head.")}
+    gradients, _ = update(tmp_path, BATCHES, ALL, depth_trains_head_alone=True)
+    assert largest_difference(gradients, expected) < 1e-6
+
+
 def test_label_of_another_size(tmp_path):
     batch = make_batch([[(2, 3)]], labelled=(0,), label_size=(50, 70))
     expected, *_ = naive_gradients(tiny_model(), [batch], STAGE2)

@@ -271,6 +271,10 @@ def test_fsdp2_leaves_labels_and_scale_in_float32():
         ("distance", "far", "2.5", False),
         ("nearer", "the red box", "the red box", True),
         ("count", "2", "12", False),
+        ("point_distance", "9.9", "12", True),
+        ("camera_height", "1.6", "1.5", True),
+        ("camera_height", "1.7", "1.5", False),
+        ("nearer_point", "A", "B", False),
     ],
 )
 def test_what_counts_as_right(kind, answer, truth, right):

@@ -43,6 +43,10 @@ class DepthSFTConfig(SFTConfig):
             "help": f"terms of the depth loss with their weights, of {', '.join(DEPTH_LOSSES)}; default: {{silog: 1}}"
         },
     )
+    depth_trains_head_alone: bool = field(
+        default=False,
+        metadata={"help": "end the depth loss's gradient at the depth head's inputs, whatever else is trained"},
+    )
     global_batch_size: int | None = field(
         default=None,
         metadata={

@@ -4,7 +4,10 @@ A *row* is as stored (`rows.py`), images still encoded. `open_sample` makes a sa
 but not decoded, and `load_sample` finishes it: a conversation with images and depth maps, ready for the processor.
 
     {"messages": [{"role": ..., "content": ...}, ...], "images": [PIL image, ...], "max_pixels": budget or None,
-     "focal_lengths": [px of the image or None, ...], "depth_maps": [(h, w) in metres or None, ...]}
+     "focal_lengths": [px of the image or None, ...], "depth_maps": [(h, w) in metres or None, ...],
+     "others": [messages, ...]}
+
+`others` are conversations that begin as `messages` does, up to the last image, and share that pass over the images.
 """
 
 import base64
@@ -46,6 +49,9 @@ class DataSource:
     conversations in any of the forms of `instructions.py`.
     image_root: folder that paths of images start from and do not leave; default: path, where it is a folder.
     depth_on_qa: whether a qa row's depth map is learnt from as well, in the same pass.
+    max_questions: of a qa row's questions, drawn anew each time; default: all.
+    separate_questions: whether each question of a qa row is asked as the first one: from one pass over the image, but
+        without the other questions and answers before it, which would give away much of its answer.
     max_canonical_edge: longest side, in px at a focal length of 1000 px, that is kept of an image, around its centre;
     the card of a build states it for the sets that need one.
     max_pixels, flip, color_jitter, focal_jitter: as in `DataArguments`, for this data set alone.
@@ -60,6 +66,8 @@ class DataSource:
     kind: str = "depth"
     image_root: str | None = None
     depth_on_qa: bool = False
+    max_questions: int | None = None
+    separate_questions: bool = False
     max_canonical_edge: float | None = None
     max_pixels: int | None = None
     flip: bool | None = None
@@ -72,6 +80,10 @@ class DataSource:
         if self.max_canonical_edge is not None and not self.max_canonical_edge > 0:
             raise ValueError(
                 f"max_canonical_edge of data set {self.path!r} is {self.max_canonical_edge}; give px, or leave it out"
+            )
+        if self.max_questions is not None and not self.max_questions > 0:
+            raise ValueError(
+                f"max_questions of data set {self.path!r} is {self.max_questions}; leave it out or give it more than 0"
             )
         if not self.weight > 0:
             raise ValueError(f"weight of data set {self.path!r} is {self.weight}; leave it out or give it more than 0")
@@ -184,6 +196,7 @@ def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict
         images = [open_image(image, source.root) for image in images]
         return {
             "messages": messages,
+            "others": [],
             "images": images,
             "focal_lengths": [None] * len(images),
             "depth_maps": [None] * len(images),
@@ -202,7 +215,7 @@ def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict
         pairs = list(zip(row["qa"]["question"], row["qa"]["answer"], strict=True))
         if not pairs:
             raise ValueError("no question")
-        questions = [pairs[i] for i in rng.permutation(len(pairs))]
+        questions = [pairs[i] for i in rng.permutation(len(pairs))[: source.max_questions]]
     else:
         questions = [(DEPTH_PROMPT, DEPTH_RESPONSE)]
         if source.focal_jitter:
@@ -210,8 +223,11 @@ def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict
             zoom = 1 + source.focal_jitter * rng.uniform(-1, 1)
     has_depth = source.kind == "depth" or source.depth_on_qa
     crop_side = None if source.max_canonical_edge is None else source.max_canonical_edge * focal_length / 1000
+    conversations = [[pair] for pair in questions] if source.separate_questions else [questions]
+    first, *others = map(conversation, conversations)
     return {
-        "messages": conversation(questions),
+        "messages": first,
+        "others": others,
         "images": [image],
         "focal_lengths": [focal_length / zoom],
         "depth_maps": [{"image": row["depth"], "scale": row["depth_scale"], "zoom": zoom} if has_depth else None],

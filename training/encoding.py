@@ -1,5 +1,6 @@
 """Samples -> model inputs of a row, made where the row is read; rows -> a batch, which is padding and no more."""
 
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,8 @@ class Encoder:
 
         A JPEG that is processed at half its size or less is set to be decoded at a half, a quarter or an eighth.
         """
-        texts = (part.get("text", "") for turn in sample["messages"] for part in turn["content"])
+        turns = itertools.chain(sample["messages"], *(messages[-2:] for messages in sample["others"]))
+        texts = (part.get("text", "") for turn in turns for part in turn["content"])
         tokens = sum(len(text.encode()) for text in texts) / BYTES_PER_TOKEN
         image_processor = self.processor.image_processor
         token = image_processor.patch_size * image_processor.merge_size
@@ -53,9 +55,10 @@ class Encoder:
         """
         Returns `input_ids`, `labels` and `mm_token_type_ids`, `(tokens,)`, `pixel_values`, 8-bit patches for
         `processor.normalize_patches`, and `image_grid_thw` where there are images, and `depth_labels`, one
-        `(height, width)` or `None` per image.
+        `(height, width)` or `None` per image. Of a sample with other conversations also `branches`, `(tokens,)`: 0 for
+        what all share, then the number of the conversation, from 1.
         """
-        pieces, images = self.pieces(sample["messages"]), sample["images"]
+        pieces, images = self.branches(sample["messages"], *sample["others"]), sample["images"]
         inputs = {}
         if images:
             inputs = {key: sample[key] for key in ("images", "focal_lengths", "max_pixels")} | {"uint8_patches": True}
@@ -63,17 +66,20 @@ class Encoder:
                 inputs["focal_normalization"] = False  # a question about no metres is asked as the base model's are
             if any(depth is not None for depth in sample["depth_maps"]):
                 inputs["depth_maps"] = sample["depth_maps"]
-        encoded = self.processor(text=[text for text, _ in pieces], **inputs)
-        ids, labels, types = [], [], []
-        for (_, is_answer), piece, piece_types in zip(
+        encoded = self.processor(text=[text for text, _, _ in pieces], **inputs)
+        ids, labels, types, branches = [], [], [], []
+        for (_, is_answer, branch), piece, piece_types in zip(
             pieces, encoded["input_ids"], encoded["mm_token_type_ids"], strict=True
         ):
             ids += piece
             labels += piece if is_answer else [-100] * len(piece)
             types += piece_types
+            branches += [branch] * len(piece)
         if self.max_length is not None and len(ids) > self.max_length:
             raise ValueError(f"the conversation has {len(ids)} tokens, more than max_length {self.max_length}")
         row = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels), "mm_token_type_ids": torch.tensor(types)}
+        if sample["others"]:
+            row["branches"] = torch.tensor(branches)
         if images:
             row |= {name: torch.as_tensor(np.asarray(encoded[name])) for name in ("pixel_values", "image_grid_thw")}
         depth_labels = encoded.get("depth_labels", [None] * len(images))
@@ -81,6 +87,20 @@ class Encoder:
             None if depth is None else label for depth, label in zip(sample["depth_maps"], depth_labels, strict=True)
         ]
         return row
+
+    def branches(self, messages: list[dict], *others: list[dict]) -> list[tuple[str, bool, int]]:
+        """The text of all conversations in pieces, each with whether it is an answer, and its branch."""
+        if not others:
+            return [(text, is_answer, 0) for text, is_answer in self.pieces(messages)]
+        end, branched, shared = self.processor.vision_end_token, [], None
+        for branch, conversation in enumerate((messages, *others), start=1):
+            (first, _), *rest = self.pieces(conversation)
+            before, _, question = first.rpartition(end)
+            if shared not in (None, before):
+                raise ValueError("conversations that share an image differ before it; begin them alike")
+            shared = before
+            branched += [(text, is_answer, branch) for text, is_answer in ((question, False), *rest)]
+        return [(shared + end, False, 0), *branched]
 
     def pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
         """The conversation's text in pieces, each with whether it is an answer."""
@@ -105,7 +125,7 @@ class Encoder:
 class Collator:
     """
     Rows of `Encoder` -> the model's inputs, `labels` and `depth_labels`, a list of `(height, width)`, one per image, or
-    absent where no image has one; and what the trainer takes out before the model:
+    absent where no image has one; `branches`, where a row has them; and what the trainer takes out before the model:
 
     - `position`: where the data stream stood after the last row (`stream.py`), where the rows have one;
     - `row_sets`, `image_sets`: index of the data set of each row and of each image.
@@ -122,6 +142,9 @@ class Collator:
         }
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        if any("branches" in row for row in rows):
+            branches = [row.get("branches", torch.zeros_like(row["input_ids"])) for row in rows]
+            batch["branches"] = torch.nn.utils.rnn.pad_sequence(branches, batch_first=True, padding_value=-1)
         with_images = [row for row in rows if "pixel_values" in row]
         if with_images:
             for name in ("pixel_values", "image_grid_thw"):

@@ -31,7 +31,9 @@ class EvalSamples(torch.utils.data.Dataset):
         ]
         self.opened = None, None
         messages = [{"role": role, "content": []} for role in ("user", "assistant")]
-        nothing = encoder(dict.fromkeys(("images", "focal_lengths", "depth_maps"), []) | {"messages": messages})
+        nothing = encoder(
+            dict.fromkeys(("others", "images", "focal_lengths", "depth_maps"), []) | {"messages": messages}
+        )
         self.nothing = nothing | {"labels": torch.full_like(nothing["labels"], -100)}
 
     def __len__(self) -> int:

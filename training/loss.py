@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -62,12 +63,16 @@ class DepthTrainingOutput(FusedCausalLMOutput):
 
 
 def add_depth_loss(
-    model: DepthVLMForConditionalGeneration, trains_text: bool, depth_losses: dict[str, float] | None = None
+    model: DepthVLMForConditionalGeneration,
+    trains_text: bool,
+    depth_losses: dict[str, float] | None = None,
+    head_alone: bool = False,
 ) -> None:
     """
     Extend TRL's fused forward, which has to be there already, by the depth loss from the same backbone pass.
 
     depth_losses: weights of the terms of `DEPTH_LOSSES` whose sum is the depth loss; default: SILog alone.
+    head_alone: whether the depth loss's gradient ends at the head's inputs.
 
     `model(..., depth_targets=SimpleNamespace(labels=[...], scale=1.0))` then returns a `DepthTrainingOutput`; in plain
     arguments FSDP2 would round labels and scale to the parameters' dtype. It has to happen inside
@@ -87,6 +92,9 @@ def add_depth_loss(
                 "FSDP2 has sharded the depth head by itself, but ranks call it once per labelled image, so they would "
                 "wait for each other; set fsdp_transformer_layer_cls_to_wrap without it, as configs/fsdp2.yaml does"
             )
+        branches = kwargs.pop("branches", None)
+        if branches is not None:
+            kwargs |= separate(self, branches, kwargs)
         zero = connected_zero(self, has_images=kwargs.get("pixel_values") is not None)
         if self.config.depth_feature_source == "llm":
             kwargs["output_hidden_states"] = True
@@ -102,6 +110,8 @@ def add_depth_loss(
         images = self.depth_features(seen) if any(has_label) else []
         pairs = zip(images, depth_labels, strict=bool(images))
         labelled = [(*image, label) for (image, label), has in zip(pairs, has_label, strict=False) if has]
+        if head_alone:
+            labelled = [([level.detach() for level in levels], grid, label) for levels, grid, label in labelled]
         trained = [parameter for parameter in self.depth_head.parameters() if parameter.requires_grad]
         if not labelled:
             zero = zero + sum(0 * parameter.sum() for parameter in trained)
@@ -121,6 +131,27 @@ def add_depth_loss(
         return DepthTrainingOutput(**text, depth_loss=zero + loss, depth_scores=scores)
 
     model.forward = types.MethodType(forward, model)
+
+
+def separate(model: DepthVLMForConditionalGeneration, branches: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
+    """
+    What makes each branch see branch 0 and itself alone, at the positions that it would have right after branch 0.
+
+    branches: `(batch_size, sequence_length)`, -1 in the padding; ascending in each row. Returns `attention_mask`, bool,
+    `(batch_size, 1, sequence_length, sequence_length)`, as SDPA takes it, and `position_ids`.
+    """
+    rope = {name: inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    positions, _ = model.base_model.get_rope_index(**rope)
+    length, numbers = branches.shape[1], torch.arange(1, branches.max() + 1, device=branches.device)
+    before = (branches >= 0) & (branches < numbers[:, None, None])
+    starts = positions[0].gather(1, before.sum(2).T.clamp(max=length - 1))  # of each branch from 1 on
+    shift = F.pad(starts - starts[:, :1], (1, 0))
+    visible = (branches[:, :, None] == branches[:, None]) | (branches == 0)[:, None]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    return {
+        "attention_mask": (visible & causal)[:, None],
+        "position_ids": positions - shift.gather(1, branches.clamp(min=0)),
+    }
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
 
+from .answers import is_right
 from .arguments import DepthSFTConfig
 from .data import DataArguments, conversation, decode, read_sample
 from .trainer import DepthSFTTrainer
@@ -57,16 +58,6 @@ def generate_answers(
         answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     model.train(training)
     return [answer.strip() for answer in answers]
-
-
-def is_right(kind: str, answer: str, truth: str) -> bool:
-    """A distance within 25 %; anything else to the letter."""
-    if kind != "distance":
-        return answer == truth
-    try:
-        return abs(float(answer) - float(truth)) <= 0.25 * float(truth)
-    except ValueError:
-        return False
 
 
 def score_questions(

@@ -92,7 +92,7 @@ class DepthSFTTrainer(SFTTrainer):
             )
         trained = [name for name, parameter in core.named_parameters() if parameter.requires_grad]
         self.trains_text = any("depth_head." not in name for name in trained)
-        add_depth_loss(core, self.trains_text, self.args.depth_losses)
+        add_depth_loss(core, self.trains_text, self.args.depth_losses, self.args.depth_trains_head_alone)
         # Both losses are divided by the counts of the whole update, over ranks and accumulation, so by nothing else
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

@@ -418,11 +418,7 @@ def room(draw: Draw, spread: float) -> Scene:
         scene.kinds = ("ball", "box", "table", "chair", "sofa", "shelf", "person", "door", "column")
     else:
         width, length, height = draw.uniform(2.8, 6.0), draw.uniform(3.2, 8.0), draw.uniform(2.35, 2.9)
-    hx, hy = width / 2, length / 2
-    scene.walls = hx, hy, height
-    scene.light = draw.uniform(-0.3, 0.3) * hx, draw.uniform(-0.3, 0.5) * hy, height - 0.25
-    scene.ambient, scene.strength = draw.uniform(0.42, 0.6), draw.uniform(0.5, 0.85)
-    scene.add("room", (0, 0, height / 2), (width, length, height), room_paint(draw, height), shadow=False)
+    hx, hy = enclose(scene, draw, width, length, height)
 
     # The eye stands near an end and looks along the room, sometimes across it.
     margin = min(0.6, 0.3 * hx)
@@ -443,7 +439,7 @@ def room(draw: Draw, spread: float) -> Scene:
         scene.box((0, 0, -0.03), (0.6, 0.6, 0.06), glow, shadow=False)
     else:
         scene.add("ellipsoid", (0, 0, -0.1), (0.45, 0.45, 0.25), glow, shadow=False)
-    furnish_walls(scene, draw, kind)
+    furnish_walls(scene, draw, wall_things(draw, kind), kind == "corridor")
     if kind == "hall" and draw.chance(0.7):
         columns(scene, draw)
     if kind != "corridor" and draw.chance(0.45):
@@ -455,6 +451,42 @@ def room(draw: Draw, spread: float) -> Scene:
         kinds.remove("post")  # a column would be taken for one
     count = draw.choice((1, 2, 3, 4) if kind == "corridor" else (1, 3, 4, 5, 6, 7, 8, 10))
     scatter(scene, draw, kinds, count, spread)
+    return scene
+
+
+def enclose(scene: Scene, draw: Draw, width: float, length: float, height: float) -> tuple[float, float]:
+    """Floor, walls, ceiling and the light of a room in m; returns half its width and half its length."""
+    hx, hy = width / 2, length / 2
+    scene.walls = hx, hy, height
+    scene.light = draw.uniform(-0.3, 0.3) * hx, draw.uniform(-0.3, 0.5) * hy, height - 0.25
+    scene.ambient, scene.strength = draw.uniform(0.42, 0.6), draw.uniform(0.5, 0.85)
+    scene.add("room", (0, 0, height / 2), (width, length, height), room_paint(draw, height), shadow=False)
+    return hx, hy
+
+
+def simple_room(draw: Draw, spread: float) -> Scene:
+    """A room with two to four things before the camera, no two of one colour, and pictures on its walls."""
+    scene = Scene(())
+    width, length, height = draw.uniform(3.4, 6.0), draw.uniform(5.0, 8.0), draw.uniform(2.35, 2.9)
+    hx, hy = enclose(scene, draw, width, length, height)
+    x, y = draw.uniform(-0.5, 0.5) * hx, 0.35 - hy
+    scene.eye = x, y, draw.uniform(1.0, 1.8)
+    sine, cosine = unit(draw.uniform(-0.5, 0.5) * hx - x, hy - y)
+    scene.gaze = cosine, sine
+    scene.taken.append((x, y, 0.75))
+    furnish_walls(scene, draw, ["picture"] * draw.integer(0, 3) + ["window"] * draw.integer(0, 2))
+    colors = draw.shuffle(COLORS)
+    for color in colors[: draw.integer(2, 4)]:
+        kind = draw.choice(("ball", "box", "chair", "person", "post", "table"))
+        build, radius = THINGS[kind]
+        for _ in range(20):
+            ahead = draw.uniform(1.6, 5.5)
+            aside = draw.uniform(-0.7, 0.7) * spread * ahead
+            at = x + sine * ahead + cosine * aside, y + cosine * ahead - sine * aside
+            if all(abs(q) < h - radius - 0.05 for q, h in zip(at, (hx, hy), strict=True)) and scene.take(*at, radius):
+                scene.begin(*at, turn=draw.turn(), thing=Thing(kind, color))
+                build(scene, draw, COLORS[color])
+                break
     return scene
 
 
@@ -497,8 +529,18 @@ def room_paint(draw: Draw, height: float) -> Paint:
     return paint
 
 
-def furnish_walls(scene: Scene, draw: Draw, kind: str) -> None:
-    """Doors, windows, pictures, shelves, sofas and plants along the walls, none over another."""
+def wall_things(draw: Draw, kind: str) -> list[str]:
+    """What stands and hangs along the walls of a room, corridor or hall."""
+    if kind == "corridor":
+        return ["door"] * draw.integer(3, 7) + ["picture"] * draw.integer(0, 3)
+    wanted = ["door"] * draw.integer(1, 2) + ["window"] * draw.integer(0, 3) + ["picture"] * draw.integer(0, 3)
+    for item, counts in (("shelf", (0, 0, 1, 1, 2)), ("sofa", (0, 0, 1)), ("plant", (0, 0, 1, 2))):
+        wanted += [item] * draw.choice(counts)
+    return wanted
+
+
+def furnish_walls(scene: Scene, draw: Draw, wanted: list[str], corridor: bool = False) -> None:
+    """Things of WALL_THINGS along the walls, none over another; of a corridor mostly along its sides."""
     hx, hy, _ = scene.walls
     spans = [[] for _ in FACING]  # of each wall, what hangs there: middle and width
 
@@ -518,14 +560,8 @@ def furnish_walls(scene: Scene, draw: Draw, kind: str) -> None:
                 return x, y
         return None
 
-    if kind == "corridor":
-        wanted = ["door"] * draw.integer(3, 7) + ["picture"] * draw.integer(0, 3)
-    else:
-        wanted = ["door"] * draw.integer(1, 2) + ["window"] * draw.integer(0, 3) + ["picture"] * draw.integer(0, 3)
-        for item, counts in (("shelf", (0, 0, 1, 1, 2)), ("sofa", (0, 0, 1)), ("plant", (0, 0, 1, 2))):
-            wanted += [item] * draw.choice(counts)
     for i, item in enumerate(wanted):
-        wall = draw.choice((0, 0, 2, 3)) if kind != "corridor" else (0 if i == 0 else draw.choice((2, 3)))
+        wall = draw.choice((0, 0, 2, 3)) if not corridor else (0 if i == 0 else draw.choice((2, 3)))
         color = draw.choice([*COLORS, "", "", "", ""])
         paint = COLORS.get(color) or draw.choice(WOODS)
         build, width, depth, on_floor = WALL_THINGS[item]

@@ -7,21 +7,24 @@ from itertools import combinations
 import numpy as np
 
 from .._base import Frame, Sample, Source
+from . import places
 from . import render as caster
+from .places import NEARER, lower_median
 from .render import Array
-from .scenes import Draw, Scene, Thing, room, street, tilt
+from .scenes import Draw, Scene, Thing, room, simple_room, street, tilt
 
 SIZES = ((320, 240), (320, 240), (240, 320), (368, 208), (336, 224), (272, 272))  # (W, H), all of about 77 000 pixels
 # Focal length in image widths: fields of view of 100..70, 70..50 and 50..35 degrees across.
 LENSES = {"wide": (0.42, 0.714), "normal": (0.714, 1.072), "tele": (1.072, 1.586)}
-COUNTS = {"train": 20_000, "test": 1_000}
-KEYS = {"train": 1, "test": 2}  # of the generator: no frame of one split can be drawn in the other
+COUNTS = {"train": 20_000, "test": 1_000, "easy_train": 5_000, "easy_test": 1_000}
+# of the generator: no frame of one split can be drawn in another
+KEYS = {"train": 1, "test": 2, "easy_train": 3, "easy_test": 4}
+BUILDERS = {"room": room, "street": street, "simple-room": simple_room}
 
 # Shares of the picture's pixels. A thing that fills less than SEEN is taken for unseen. It is clear, and may be asked
 # about, from CLEAR up, if that is at least UNHIDDEN of what it would fill alone. A name must fit one seen thing only.
 SEEN, CLEAR, UNHIDDEN = 0.0002, 0.003, 0.3
 TRIES = 10  # scenes drawn for a frame until three questions can be asked about it; one in a hundred needs a second
-NEARER = 1.15  # ratio of two depths that may be compared
 GAP = 0.02  # of the picture's width, between two things of which one is left of the other
 PLURALS = {"box": "boxes", "person": "people", "shelf": "shelves"}
 
@@ -40,7 +43,7 @@ def picture(
     draw, kind, lens = begin(split, index)
     shares, frame_size = [draw.uniform() for _ in range(5)], draw.choice(SIZES)
     for _ in range(TRIES):
-        scene = (room if kind == "room" else street)(draw, 1 / sum(LENSES[lens]))
+        scene = BUILDERS[kind](draw, 1 / sum(LENSES[lens]))
         camera = aim(scene, kind, lens, size or frame_size, shares)
         z, part, covered = caster.trace(camera, scene.parts)
         lo, hi = Procedural.depth_range
@@ -50,6 +53,7 @@ def picture(
         qa = ask(draw, scene, things, depth, alone)
         if len(qa) >= 3:
             break
+    qa += places.ask(draw, depth, scene.eye[2] if scene.walls else None, step=1 if scene.kinds else 10)
     return Sample(develop(scene, camera, z, part), depth, camera.intrinsics, qa), things, scene, camera
 
 
@@ -60,7 +64,8 @@ def begin(split: str, index: int) -> tuple[Draw, str, str]:
     if not 0 <= index < COUNTS[split]:
         raise ValueError(f"procedural {split} has no frame {index}; its frames are 0 to {COUNTS[split] - 1}")
     draw = Draw(KEYS[split], index)
-    return draw, draw.choice(("room", "street")), draw.choice(tuple(LENSES))
+    kinds = ("simple-room",) if split.startswith("easy_") else ("room", "street")
+    return draw, draw.choice(kinds), draw.choice(tuple(LENSES))
 
 
 def aim(scene: Scene, kind: str, lens: str, size: tuple[int, int], shares: list[float]) -> caster.Camera:
@@ -69,7 +74,7 @@ def aim(scene: Scene, kind: str, lens: str, size: tuple[int, int], shares: list[
     lo, hi = LENSES[lens]
     focal = max((lo + (hi - lo) * shares[0]) * width, LENSES["wide"][0] * height)
     # tangents of half angles: pitch -21..6 degrees in rooms and -11..7 in streets, roll +-4
-    down, up = (-0.18, 0.05) if kind == "room" else (-0.1, 0.06)
+    down, up = (-0.1, 0.06) if kind == "street" else (-0.18, 0.05)
     pitch, roll = tilt(down + (up - down) * shares[1]), tilt(0.07 * shares[2] - 0.035)
     cx, cy = ((n - 1) / 2 + 0.06 * (share - 0.5) * n for n, share in ((width, shares[3]), (height, shares[4])))
     return caster.look(scene.eye, scene.gaze, pitch, roll, size, focal, cx, cy)
@@ -151,7 +156,8 @@ class View:
 def ask(
     draw: Draw, scene: Scene, things: np.ndarray, depth: np.ndarray, alone: np.ndarray
 ) -> list[tuple[str, str, str]]:
-    """Three to six (kind, question, answer) about what is clear and cannot be mistaken for something else.
+    """Three to six (kind, question, answer) about what is clear and cannot be mistaken for something else; in a simple
+    scene all that there are about distances.
 
     things (H, W): what each pixel shows; depth (H, W): z in metres; alone: pixels that each thing would fill by itself.
     """
@@ -172,6 +178,8 @@ def ask(
             answer = a if a.depth < b.depth else b
             nearer.append(("nearer", f"Which is nearer, {a.thing.name} or {b.thing.name}?", answer.thing.name))
 
+    if not scene.kinds:
+        return distances + nearer + nearest_thing(views, named)
     some, none, left = [], [], []
     for kind in scene.kinds:
         same = [v for v in views if v.thing.kind == kind]
@@ -195,6 +203,16 @@ def ask(
     return by_turns[:wanted]
 
 
+def nearest_thing(views: list[View], named: list[View]) -> list[tuple[str, str, str]]:
+    """The question which thing is nearest, where all that is seen has a name and one is nearer than the others."""
+    if len(named) < max(2, len(views)):
+        return []
+    first, second = sorted(named, key=lambda v: v.depth)[:2]
+    if second.depth < NEARER * first.depth:
+        return []
+    return [("nearest", "Which thing is nearest?", first.thing.name)]
+
+
 def view(scene: Scene, things: np.ndarray, depth: np.ndarray, alone: np.ndarray) -> list[View]:
     """All things that are seen, in the scene's order."""
     order = np.argsort(things.ravel(), kind="stable")
@@ -207,10 +225,6 @@ def view(scene: Scene, things: np.ndarray, depth: np.ndarray, alone: np.ndarray)
             clear = len(pixels) >= max(CLEAR * things.size, UNHIDDEN * alone[i]) and bool(z.min() > 0)
             views.append(View(scene.things[i], lower_median(z), int(u.min()), int(u.max()), clear))
     return views
-
-
-def lower_median(values: np.ndarray) -> float:
-    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 class Procedural(Source):
@@ -229,10 +243,10 @@ class Procedural(Source):
         self.raw, self.size = raw, size
 
     def frames(self, split: str) -> Iterator[Frame]:
-        self.official_splits(split)
-        for index in range(COUNTS[split]):
-            _, kind, lens = begin(split, index)
-            yield Frame(f"{split}/{index:09d}", f"{kind}-{index:09d}", lens, (split, index))
+        (drawn,) = self.official_splits(split)
+        for index in range(COUNTS[drawn]):
+            _, kind, lens = begin(drawn, index)
+            yield Frame(f"{split}/{index:09d}", f"{kind}-{index:09d}", lens, (drawn, index))
 
     def load(self, frame: Frame) -> Sample:
         return render(*frame.data, self.size)
