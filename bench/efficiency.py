@@ -531,7 +531,7 @@ def table(report: dict) -> str:
         other = report["alternatives"].get(name)
         ratio = f"{report['ratios'][name]:8.3f} of {other}" if other else ""
         rows.append(f"{name:24}{statistics.median(samples):10.3f}{min(samples):10.3f}{ratio}")
-    rows += [f"{name}: {seconds:.4g} s, extrapolated" for name, seconds in report["extrapolated"].items()]
+    rows += [f"{name}: {seconds:.4g} s, extrapolated" for name, seconds in report.get("extrapolated", {}).items()]
     return "\n".join(rows)
 
 

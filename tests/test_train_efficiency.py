@@ -5,11 +5,12 @@ import torch
 from fixed_batches import byte_processor
 from tiny import tiny_config
 
-from bench.efficiency import loader_efficiency, training_efficiency, training_steps
+from bench.efficiency import loader_efficiency, table, training_efficiency, training_steps
 
 
 def test_both_steps_have_the_same_loss_and_gradients():
     report = training_efficiency(tiny_config(), (2, 3), images=2, dtype=torch.float32, repeats=1)
+    assert "of straightforward stage-1 step" in table(report)
     assert report["loss_difference"] < 1e-6 and report["gradient_difference"] < 1e-5
     assert set(report["seconds"]) == set(report["peak_bytes"]) == {"straightforward stage-1 step", "stage-1 step"}
     assert report["ratios"]["stage-1 step"] > 0
