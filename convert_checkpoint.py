@@ -125,7 +125,7 @@ def source_folder(src: str | Path) -> Path:
         ) from error
 
 
-def check_model_type(src, model_type, has_head: bool, to_qwen3_vl: bool):
+def check_model_type(src, model_type, has_head: bool, to_qwen3_vl: bool) -> None:
     if model_type not in ("qwen3_vl", "depthvlm"):
         raise ValueError(f"{src} has model_type {model_type!r}; pass a Qwen3-VL (dense, not MoE) or a DepthVLM")
     if to_qwen3_vl and not has_head:
@@ -185,7 +185,7 @@ def list_tensors(source: Path) -> dict[str, tuple[Path, tuple[int, ...], str]]:
     return tensors
 
 
-def check_tensors(source: Path, tensors: dict, model: DepthVLMForConditionalGeneration, has_head: bool):
+def check_tensors(source: Path, tensors: dict, model: DepthVLMForConditionalGeneration, has_head: bool) -> None:
     """Refuse tensors that are no floats, or not exactly the model's (without the depth head's, for a base)."""
     if quantized := {name: dtype for name, (_, _, dtype) in tensors.items() if dtype not in DTYPES}:
         raise ValueError(
@@ -235,7 +235,7 @@ def fresh_head(model: DepthVLMForConditionalGeneration, config: DepthVLMConfig, 
     return {DEPTH_HEAD + name: value.to(dtype) for name, value in head.state_dict().items()}
 
 
-def write_tensors(folder: Path, tensors: dict, fresh: dict):
+def write_tensors(folder: Path, tensors: dict, fresh: dict) -> None:
     """The source's shards one by one, `fresh` in the last."""
     shards = {}
     for name, (path, *_) in tensors.items():
@@ -319,7 +319,7 @@ def load_processor(source: Path, config: DepthVLMConfig) -> DepthVLMProcessor:
     return processor
 
 
-def check_chat_template(source: Path, processor: DepthVLMProcessor):
+def check_chat_template(source: Path, processor: DepthVLMProcessor) -> None:
     remedy = "copy the base model's chat_template.jinja beside the weights"
     if not processor.chat_template:
         raise ValueError(f"{source} has no chat template; {remedy}")
@@ -331,7 +331,7 @@ def check_chat_template(source: Path, processor: DepthVLMProcessor):
         raise ValueError(f"{source} has a chat template that leaves out the image or the question; {remedy}")
 
 
-def write_depthvlm_processor(folder: Path, source: Path, processor: DepthVLMProcessor):
+def write_depthvlm_processor(folder: Path, source: Path, processor: DepthVLMProcessor) -> None:
     DepthVLMProcessor.register_for_auto_class()
     processor.save_pretrained(folder)
     # of no use to a depth model, but the plain view needs it again
@@ -340,7 +340,7 @@ def write_depthvlm_processor(folder: Path, source: Path, processor: DepthVLMProc
     write_tokenizer_config(folder, source, "DepthVLMProcessor")
 
 
-def write_qwen3_vl_processor(folder: Path, source: Path):
+def write_qwen3_vl_processor(folder: Path, source: Path) -> None:
     """In the layout of Qwen's own repos, which old and new servers read."""
     image = processor_section(source, *IMAGE_PROCESSOR)
     if image is None:
@@ -358,7 +358,7 @@ def write_qwen3_vl_processor(folder: Path, source: Path):
     copy_if_there(source, folder, "chat_template.jinja", "chat_template.json")
 
 
-def write_tokenizer_config(folder: Path, source: Path, processor_class: str):
+def write_tokenizer_config(folder: Path, source: Path, processor_class: str) -> None:
     tokenizer = read_json(source / "tokenizer_config.json")
     tokenizer.pop("auto_map", None)
     write_json(folder / "tokenizer_config.json", tokenizer | {"processor_class": processor_class})
@@ -429,11 +429,11 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_json(path: Path, content: dict):
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_if_there(source: Path, folder: Path, *names: str):
+def copy_if_there(source: Path, folder: Path, *names: str) -> None:
     for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)

@@ -5,6 +5,7 @@ It lies in every saved checkpoint. A server calls it as `EndpointHandler(folder)
 
 import base64
 import io
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -102,7 +103,9 @@ def read_focal_length(value) -> float | tuple[float, ...] | None:
         raise ValueError(f"focal_length is {value!r}; pass px at the photo's own size, or [fx, fy]") from error
 
 
-def encode_inputs(processor, photos: list, question: str | None, focal_lengths: list, max_pixels: int | None):
+def encode_inputs(
+    processor, photos: list, question: str | None, focal_lengths: list, max_pixels: int | None
+) -> Mapping:
     """The batch for `predict`: the depth prompt or a question, after the same system message."""
     text = processor.depth_text() if question is None else processor.depth_text(question)
     return processor(

@@ -220,7 +220,7 @@ def usable_device(name: str | None) -> str:
     return name
 
 
-def load(model: str, device: str, dtype: str = "auto", quantize: str | None = None):
+def load(model: str, device: str, dtype: str = "auto", quantize: str | None = None) -> tuple:
     """
     (model, processor) of a folder or a hub id, ready to predict.
 

@@ -72,7 +72,9 @@ def random_model(config: DepthVLMConfig, dtype: torch.dtype, device: str) -> Dep
     return with_random_weights(DepthVLMForConditionalGeneration, config, dtype, device)
 
 
-def with_random_weights(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype, device: str):
+def with_random_weights(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
     with no_init_weights(), torch.device(device):
         model = model_class._from_config(config, dtype=dtype)
     model.tie_weights()
@@ -535,7 +537,7 @@ def table(report: dict) -> str:
     return "\n".join(rows)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.efficiency", description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=36, help="decoder layers: the 4B model's 36, or 3 and more")
     parser.add_argument("--grid", type=int, nargs=2, default=(29, 39), metavar=("ROWS", "COLUMNS"), help="in tokens")

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from typing import TypeVar
 
@@ -150,7 +150,7 @@ class DepthService:
             raise ApiError(400, f"max_tokens is {asked}; ask for at most {most}")
 
     @contextmanager
-    def admitted(self):
+    def admitted(self) -> Iterator[None]:
         """Refuse a request beyond what the replica takes, or count it until it is submitted."""
         if self.is_draining:
             raise ApiError(503, "the service is stopping; send the request again", retry_after=1)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from .outputs import PALETTE, color_index, color_limits, draw_scale
 SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".3gp"}
 
 
-def import_av():
+def import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:

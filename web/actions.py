@@ -56,7 +56,9 @@ class Actions:
         except (ValueError, TypeError, MemoryError) as error:
             raise gr.Error(f"{error}.") from error
 
-    def prepare(self, path: str, name: str, focal_length: float | None, tokens: float | None, question: str | None):
+    def prepare(
+        self, path: str, name: str, focal_length: float | None, tokens: float | None, question: str | None
+    ) -> Result:
         photo, from_exif = self.open(path)
         source = "given" if focal_length is not None else "exif"
         focal_length = from_exif if focal_length is None else focal_length
@@ -286,5 +288,5 @@ class Actions:
         cloud.write_bytes(self.engine.encode(result, "glb"))
         return str(depth), result.answer or "", describe_camera(result.camera), str(cloud)
 
-    def leave(self, request: gr.Request):
+    def leave(self, request: gr.Request) -> None:
         self.visits.leave(request.session_hash)

@@ -257,7 +257,7 @@ class Words(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.events, self.text = events, ""
 
-    def on_finalized_text(self, text: str, stream_end: bool = False):
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.text += text
             self.events.put(("text", self.text.strip()))

@@ -29,7 +29,7 @@ Photos stay in the memory of this server while the page is open, and are removed
 """
 
 
-async def only_uploads(url_or_file_path):
+async def only_uploads(url_or_file_path: str) -> str:
     """Instead of a component's fetching of what a client names by its URL."""
     if str(url_or_file_path).startswith(("http://", "https://")):
         raise gr.Error("Files are not fetched from URLs; upload the file.")
@@ -76,7 +76,7 @@ class Page:
         self.actions.visits.kept = {path for path in self.actions.visits.folder.rglob("*") if path.is_file()}
         return blocks.queue(max_size=64)
 
-    def build_photo(self):
+    def build_photo(self) -> None:
         model, quick = MODEL | PRIVATE, {"concurrency_limit": None} | PRIVATE
         with gr.Row():  # what a phone shows first comes first
             with gr.Column(scale=1, min_width=300):
@@ -136,7 +136,7 @@ class Page:
         rescale.click(self.actions.rescale, [focal, unit], shown, **quick)
         gr.on([ask.click, question.submit], self.actions.ask, [question, chat], [chat, question], **model)
 
-    def build_several(self):
+    def build_several(self) -> None:
         label = f"Up to {MAX_PHOTOS} photos"
         files = file_input(label=label, file_count="multiple", file_types=["image"], elem_id="files")
         question = gr.Textbox(label="Question about each", elem_id="files-question")
@@ -146,7 +146,7 @@ class Page:
         archive = gr.HTML(css_template=LINKS_STYLE, elem_id="zip")
         start.click(self.actions.see_all, [files, question], [table, archive], **MODEL, **PRIVATE)
 
-    def build_video(self):
+    def build_video(self) -> None:
         file = file_input(label="Video", file_types=["video"], elem_id="video")
         with gr.Row():
             fps = gr.Slider(0.5, 10, value=2, step=0.5, label="Frames per second")
@@ -158,7 +158,7 @@ class Page:
         gr.Markdown(f"Each frame is measured for itself; the first {MAX_FRAMES} are taken.")
         start.click(self.actions.see_video, [file, fps, focal], [status, player, archive], **MODEL, **PRIVATE)
 
-    def build_api(self):
+    def build_api(self) -> None:
         with gr.Row(visible=False):
             given = [
                 photo_input(label="photo"),
