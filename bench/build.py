@@ -29,8 +29,6 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from training.answers import best_constant
-
 from . import manifest, sampling
 from .files import open_whole, shared_folder
 from .remote import ray_workers
@@ -411,6 +409,8 @@ def write_split(
 
 def summary(kind: str, answers: collections.Counter) -> dict:
     """Number of questions of a kind, and the answer that would be right most often with its share of right ones."""
+    from training.answers import best_constant  # here: the loading script reads rows without that package
+
     answer, right = best_constant(kind, answers)
     return {"number": answers.total(), "constant": answer, "right": right}
 

@@ -3,11 +3,16 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from depthvlm.predictions.files import open_whole
+
+def open_whole(path: str | Path, mode: str = "wb", **options: Any) -> AbstractContextManager[IO]:
+    """See `depthvlm.predictions.files.open_whole`."""
+    from depthvlm.predictions import files  # here: the loading script reads rows without that package
+
+    return files.open_whole(path, mode, **options)
 
 
 def read_json(path: str | Path, remedy: str) -> Any:
