@@ -297,7 +297,8 @@ def address(server):
 
 def visitors_files(folder):
     """What lies on the disk beside the page's own samples."""
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    walk = os.walk(folder)  # passes over what is removed meanwhile
+    names = {Path(parent, name).relative_to(folder).as_posix() for parent, _, files in walk for name in files}
     return {name for name in names if Path(name).name not in ("room.jpg", "street.jpg")}
 
 
