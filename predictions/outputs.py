@@ -27,7 +27,6 @@ SUFFIXES = {  # what --save names -> how its file ends
     "glb": ".glb",
     "json": ".json",
 }
-CLOUDS = ("ply", "glb")
 SHADES = 240  # of the colours of depth; what is left of a palette are greys, for the scale
 PALETTE = np.concatenate(  # near is red
     [colormaps["turbo_r"](np.linspace(0, 1, SHADES)), colormaps["gray"](np.linspace(0, 1, 256 - SHADES))]

@@ -698,7 +698,8 @@ def test_the_camera_is_said_and_corrected_at_once(visit):
 def test_a_photo_without_exif_is_said_to_be_assumed(visit, tmp_path):
     page = visit()
     choose(page, smooth_photo(tmp_path / "plain.png"))
-    page.locator("#status", has_text="assumed (60 degrees of view)").wait_for()
+    page.locator("#status", has_text="Focal length").wait_for()
+    assert "assumed (60 degrees of view)" in page.locator("#status").inner_text()
 
 
 def test_keyboard(visit):
@@ -764,6 +765,8 @@ def test_an_example_fills_in_its_question_and_is_answered(visit):
     page.locator("#examples tr", has_text="door").click()
     page.locator("#viewer canvas.depth").wait_for()
     page.locator("#chat [data-testid=bot]").first.wait_for()
+    assert "door" in page.locator("#chat [data-testid=user]").inner_text()
+    assert page.locator("#chat [data-testid=bot]").inner_text().strip()
 
 
 def test_several_photos_give_a_table_and_an_archive(visit, tmp_path):

@@ -248,7 +248,10 @@ def model_card(trainer: Trainer, name: str, has_example: bool) -> ModelCard:
         pipeline_tag="depth-estimation",
         tags=["depth-estimation", "metric-depth", "image-text-to-text", "qwen3_vl", "trl", "sft"],
     )
-    epochs = {key.removeprefix("epochs/"): value for entry in history for key, value in entry.items() if "/" in key}
+    prefix = "epochs/"
+    epochs = {
+        key.removeprefix(prefix): value for entry in history for key, value in entry.items() if key.startswith(prefix)
+    }
     stage = "the depth head alone" if args.trains == ["depth_head"] else " and ".join(args.trains) + " together"
     return ModelCard.from_template(
         data,

@@ -175,12 +175,6 @@ def set_labels(mix: list[DataSource]) -> None:
                 source.label = name
 
 
-def row_counts(source: DataSource) -> tuple[int, int]:
-    """Rows of a data set, and the blocks that readers share among themselves, from its metadata: no row is read."""
-    sizes = source.open().sizes
-    return int(sizes.sum()), len(sizes)
-
-
 # A row -> a sample
 
 

@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 
 from depthvlm.handler import describe_camera
-from depthvlm.photos_depthvlm import FULL_FRAME_DIAGONAL, focal_of_35mm, focal_of_view, view_of_focal
+from depthvlm.photos_depthvlm import FIELD_OF_VIEW, FULL_FRAME_DIAGONAL, focal_of_35mm, focal_of_view, view_of_focal
 from depthvlm.predictions import outputs
 
 from .engine import Engine, Result
@@ -28,8 +28,11 @@ def to_pixels(value, unit: str, size: tuple[int, int]) -> float:
     if unit == UNITS[1]:
         return focal_of_35mm(value, size)
     if unit == UNITS[2]:
-        if not 1 < value < 160:
-            raise gr.Error(f"A field of view of {value:g} degrees cannot be; write one between 1 and 160.")
+        narrowest, widest = FIELD_OF_VIEW
+        if not narrowest < value < widest:
+            raise gr.Error(
+                f"A field of view of {value:g} degrees cannot be; write one between {narrowest:g} and {widest:g}."
+            )
         return focal_of_view(value, max(size))
     return value
 

@@ -1,9 +1,11 @@
 """What the page keeps of each visitor, in memory, and the files that Gradio makes of it, until the visitor leaves."""
 
+import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -75,10 +77,12 @@ class Visits:
         """Remove what nobody uses any more."""
         now = time.time()
         with self.lock:
-            for path in [path for path in self.folder.rglob("*") if path.is_file()]:
-                age = FETCHED_SECONDS if path.parent.name.startswith(FETCHED) else UNUSED_SECONDS
-                if now - path.stat().st_mtime > age:
-                    self._remove([path])
+            for parent, _, files in os.walk(self.folder):  # other visitors' files may go meanwhile
+                age = FETCHED_SECONDS if Path(parent).name.startswith(FETCHED) else UNUSED_SECONDS
+                for path in (Path(parent, name) for name in files):
+                    with suppress(FileNotFoundError):
+                        if now - path.stat().st_mtime > age:
+                            self._remove([path])
 
     def offer(self, visit: Visit, part: str, downloads: list[Download]) -> dict[str, str]:
         """File name -> its address, for as long as the visit lasts or until the next offer of that part of the page."""
