@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -133,25 +136,109 @@ def add_depth_loss(
     model.forward = types.MethodType(forward, model)
 
 
-def separate(model: DepthVLMForConditionalGeneration, branches: torch.Tensor, inputs: dict) -> dict[str, torch.Tensor]:
+@dataclass
+class BranchLayout:
+    """
+    Where a batch's branches lie.
+
+    shared (`int`): the length of the longest branch 0, with which sequences begin.
+    own (`torch.Tensor` of shape `(batch_size, num_branches, max_own)`): the tokens of each branch from 1 on, as indices
+        into the flattened batch; 0 where `is_own` (bool, same shape) is not.
+    bias (`torch.Tensor` of shape `(batch_size, num_branches, 1, 1, max_own, shared + max_own)`): 0 for what they see,
+        all of branch 0 and their own up to themselves, else -inf.
+    """
+
+    shared: int
+    own: torch.Tensor
+    is_own: torch.Tensor
+    bias: torch.Tensor
+
+
+def separate(model: DepthVLMForConditionalGeneration, branches: torch.Tensor, inputs: dict) -> dict:
     """
     What makes each branch see branch 0 and itself alone, at the positions that it would have right after branch 0.
 
-    branches: `(batch_size, sequence_length)`, -1 in the padding; ascending in each row. Returns `attention_mask`, bool,
-    `(batch_size, 1, sequence_length, sequence_length)`, as SDPA takes it, and `position_ids`.
+    branches: `(batch_size, sequence_length)`, -1 in the padding; ascending in each row. Returns `position_ids` and
+    `branch_layout`, which the language model's attention gets (`attend`).
     """
+    attention = model.base_model.language_model.config
+    if attention._attn_implementation == "sdpa":
+        attention._attn_implementation = BRANCHED
+    elif attention._attn_implementation != BRANCHED:
+        raise ValueError(
+            f"separate_questions needs attn_implementation sdpa, but it is {attention._attn_implementation}; change "
+            "it, or leave separate_questions out"
+        )
     rope = {name: inputs.get(name) for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
     positions, _ = model.base_model.get_rope_index(**rope)
     length, numbers = branches.shape[1], torch.arange(1, branches.max() + 1, device=branches.device)
-    before = (branches >= 0) & (branches < numbers[:, None, None])
-    starts = positions[0].gather(1, before.sum(2).T.clamp(max=length - 1))  # of each branch from 1 on
+    before = ((branches >= 0) & (branches < numbers[:, None, None])).sum(2).T  # of each branch from 1 on
+    starts = positions[0].gather(1, before.clamp(max=length - 1))
     shift = F.pad(starts - starts[:, :1], (1, 0))
-    visible = (branches[:, :, None] == branches[:, None]) | (branches == 0)[:, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=branches.device).tril()
+    sizes = (branches == numbers[:, None, None]).sum(2).T
+    steps = torch.arange(sizes.max(), device=branches.device)
+    is_own = steps < sizes[:, :, None]
+    tokens = before[:, :, None] + steps + length * torch.arange(len(branches), device=branches.device)[:, None, None]
+    shared = int((branches == 0).sum(1).max())
+    causal = steps[:, None] >= steps
+    seen = torch.cat(
+        [(branches[:, :shared] == 0)[:, None, None].expand(*is_own.shape, -1), causal.expand(*is_own.shape, -1)], -1
+    )
+    bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, -torch.inf)
     return {
-        "attention_mask": (visible & causal)[:, None],
         "position_ids": positions - shift.gather(1, branches.clamp(min=0)),
+        "branch_layout": BranchLayout(shared, tokens.where(is_own, 0), is_own, bias[:, :, None, None]),
     }
+
+
+BRANCHED = "sdpa_with_branches"
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    branch_layout: BranchLayout | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    SDPA, of a batch with branches without what they do not see of each other: most of a long sequence.
+
+    query: `(batch_size, num_heads, sequence_length, head_dim)`; key, value: the same with `num_key_value_heads`.
+    """
+    if branch_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    shared, own, bias = branch_layout.shared, branch_layout.own, branch_layout.bias
+    batch, length, groups = len(own), query.shape[2], key.shape[1]
+    first = [states[:, :, :shared] for states in (query, key, value)]
+
+    def of_branches(states):
+        """`(batch_size, num_branches, max_own, heads, head_dim)` of `(batch_size, heads, sequence_length, head_dim)`"""
+        states = states.transpose(1, 2).flatten(0, 1)
+        return states.flatten(1).index_select(0, own.flatten()).view(*own.shape, *states.shape[1:])
+
+    def beside(shared_states, states):
+        """What branches may see: `(batch_size, num_branches, num_key_value_heads, shared + max_own, head_dim)`"""
+        shared_states = shared_states[:, None].expand(-1, own.shape[1], -1, -1, -1)
+        return torch.cat([shared_states, of_branches(states).transpose(2, 3)], 3)
+
+    # the heads of a group see the same keys: they become rows of one product
+    queries = (of_branches(query) * scaling).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+    scores = queries.flatten(3, 4) @ beside(first[1], key).mT
+    scores = scores.view(*queries.shape[:5], -1).add_(bias.to(scores.dtype)).flatten(3, 4)
+    answers = scores.softmax(-1).to(value.dtype) @ beside(first[2], value)
+    answers = answers.view(queries.shape).permute(0, 1, 4, 2, 3, 5).reshape(own.numel(), -1)
+    first = F.scaled_dot_product_attention(*first, is_causal=True, scale=scaling, enable_gqa=True)
+    states = F.pad(first.transpose(1, 2).flatten(2), (0, 0, 0, length - shared)).flatten(0, 1)
+    states = states.index_copy(0, own[branch_layout.is_own], answers[branch_layout.is_own.flatten()])
+    return states.view(batch, length, *query.shape[1::2]), None
+
+
+AttentionInterface.register(BRANCHED, attend)
+AttentionMaskInterface.register(BRANCHED, sdpa_mask)
 
 
 @contextmanager
