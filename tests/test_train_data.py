@@ -142,16 +142,22 @@ def test_separate_questions_are_each_answered_as_if_asked_alone():
     model = tiny_model(**{f"{name}_id": getattr(byte_processor(), f"{name}_id") for name in names})
 
     def log_probs(batch):
-        """Of every answer token, in the order of the batch."""
+        """Of every answer token, in the order of the batch; their sum's gradients are added to the model's."""
         labels = batch.pop("labels")[:, 1:]
         batch["pixel_values"] = byte_processor().normalize_patches(batch["pixel_values"])
         for name in ("depth_labels", "row_sets", "image_sets"):
             batch.pop(name, None)
         if (branches := batch.pop("branches", None)) is not None:
             batch |= separate(model, branches, batch)
-        with torch.no_grad():
-            states = model.model(**batch).last_hidden_state[:, :-1][labels != -100]
-            return model.lm_head(states).log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0]
+        states = model.model(**batch).last_hidden_state[:, :-1][labels != -100]
+        values = model.lm_head(states).log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0]
+        values.sum().backward()
+        return values.detach()
+
+    def gradients():
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        model.zero_grad()
+        return found
 
     source = DataSource("nowhere", kind="qa", separate_questions=True)
     together = read_sample(row, source, np.random.default_rng(0))
@@ -162,7 +168,16 @@ def test_separate_questions_are_each_answered_as_if_asked_alone():
     for messages in (together["messages"], *together["others"]):
         alone.append(log_probs(collator([encoder(together | {"messages": messages, "others": []})])))
     alone.append(log_probs(collator([encoder(plain)])))
+    expected = gradients()
     torch.testing.assert_close(log_probs(batch), torch.cat(alone), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_separate_questions_need_sdpa():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="separate_questions needs attn_implementation sdpa, but it is eager"):
+        separate(model, torch.tensor([[0, 0, 1, 1]]), {"input_ids": torch.tensor([[1, 2, 3, 4]])})
 
 
 def test_max_questions_of_a_row_are_drawn_anew():
