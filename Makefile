@@ -52,9 +52,9 @@ tiny: .venv/.installed
 	$(BIN)/python create_tiny.py output/tiny/start
 	for source in procedural procedural_easy; do for split in train test; do \
 		$(BIN)/python -m bench build $$source --out output/tiny/data --split $$split --num-proc 2 || exit 1; done; done
-	rm -rf output/tiny/pretrain output/tiny/stage1 output/tiny/stage2
-	for stage in pretrain stage1 stage2; do $(BIN)/torchrun --nproc-per-node 2 train_sft.py --config configs/tiny_$$stage.yaml || exit 1; done
-	@echo "The checkpoint lies in output/tiny/stage2"
+	rm -rf output/tiny/pretrain output/tiny/stage1 output/tiny/stage2 output/tiny/words
+	for stage in pretrain stage1 stage2 words; do $(BIN)/torchrun --nproc-per-node 2 train_sft.py --config configs/tiny_$$stage.yaml || exit 1; done
+	@echo "The checkpoint lies in output/tiny/words"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -33,7 +33,8 @@ ROWS = ROOT / "configs" / "ablations"
 TABLES = (4, 5, 6, 7)  # of the paper
 WORDS = "words"  # the table of configs/depth_for_words, which the paper has not
 KINDS = ("point_distance", "nearer_point", "distance", "nearer")  # of questions, in that table
-KEYS = {"tables", "config", "stages", "stage1", "stage2", "focal_normalization"}
+STAGES = ("stage1", "stage2", "words")  # each a file configs/tiny_STAGE.yaml
+KEYS = {"tables", "config", "stages", *STAGES, "focal_normalization"}
 MOST_HELD_OUT = 500  # frames
 EASY_SHARE = 0.25  # easy frames per frame
 # metrics of the trainer's JSON files -> their names here
@@ -105,9 +106,7 @@ def read_rows(folder: Path = ROWS) -> dict[str, dict]:
             raise ValueError(f"{file.name} has {', '.join(sorted(unknown))}; a row has {', '.join(sorted(KEYS))}")
         if "tables" not in row:
             raise ValueError(f"{file.name} has no tables; add them, as in ours.yaml")
-        merged = {"config": {}, "stage1": {}, "stage2": {}, "focal_normalization": True}
-        for key in ("config", "stage1", "stage2"):
-            merged[key] = ours.get(key, {}) | row.get(key, {})
+        merged = {key: ours.get(key, {}) | row.get(key, {}) for key in ("config", *STAGES)}
         merged |= {key: row.get(key, ours[key]) for key in ("tables", "stages")}
         merged["focal_normalization"] = row.get("focal_normalization", True)
         rows[file.stem] = merged

@@ -194,10 +194,11 @@ def test_rows_about_depth_and_words():
     """Three runs that differ in the depth loss alone; their last stage asks questions."""
     rows = ablate.read_rows(ablate.ROWS.parent / "depth_for_words")
     assert ablate.rows_of(rows, ablate.WORDS) == ["ours", "no_depth", "head_alone"]
-    ours = {"max_steps": rows["ours"]["stage2"]["max_steps"], "depth_weight": 1.0}
-    assert rows["ours"]["stage2"] == ours
-    assert rows["no_depth"]["stage2"] == ours | {"depth_weight": 0}
-    assert rows["head_alone"]["stage2"] == ours | {"depth_trains_head_alone": True}
+    ours = {"max_steps": rows["ours"]["words"]["max_steps"], "depth_weight": 1.0}
+    assert rows["ours"]["words"] == ours
+    assert rows["no_depth"]["words"] == ours | {"depth_weight": 0}
+    assert rows["head_alone"]["words"] == ours | {"depth_trains_head_alone": True}
+    assert all(row["stages"] == ["stage1", "words"] for row in rows.values())
 
 
 def test_gain_in_words_with_its_interval(tmp_path):
