@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 SAMPLES = [
-    (ROOT / "samples" / "room.jpg", "How far is the door from the camera, in meters?"),
-    (ROOT / "samples" / "street.jpg", "How far is the red car from the camera, in meters?"),
+    (ROOT / "samples" / "room.jpg", "Which is nearer, the left or the right half?"),
+    (ROOT / "samples" / "street.jpg", "How far is the point at 75 % from the left and 50 % from the top?"),
 ]
 
 

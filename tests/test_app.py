@@ -762,10 +762,10 @@ def test_phone(visit, theme):
 
 def test_an_example_fills_in_its_question_and_is_answered(visit):
     page = visit()
-    page.locator("#examples tr", has_text="door").click()
+    page.locator("#examples tr", has_text="right half").click()
     page.locator("#viewer canvas.depth").wait_for()
     page.locator("#chat [data-testid=bot]").first.wait_for()
-    assert "door" in page.locator("#chat [data-testid=user]").inner_text()
+    assert "right half" in page.locator("#chat [data-testid=user]").inner_text()
     assert page.locator("#chat [data-testid=bot]").inner_text().strip()
 
 
