@@ -22,7 +22,7 @@ demo: .venv/.installed
 	$(BIN)/python -m bench build procedural --out output/held_out --split test --max-frames 100
 	rm -rf output/scores
 	$(BIN)/python -m bench evaluate --model . --data output/held_out --out output/scores
-	@echo "The pictures lie in output/: open output/*_color.png"
+	@echo "The pictures lie in output/: open output/*_color.png. What they show of the sky means nothing."
 
 app: .venv/.app
 	$(BIN)/python app.py

@@ -20,6 +20,7 @@ from depthvlm.modeling_depthvlm import DepthVLMForConditionalGeneration, DepthVL
 
 DELTA1 = 1.25
 GRADIENT_SCALES = 4
+BRANCHED = "sdpa_with_branches"  # attention of a batch whose questions are separate, see `attend`
 
 
 def gradient_matching_loss(prediction: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -189,9 +190,6 @@ def separate(model: DepthVLMForConditionalGeneration, branches: torch.Tensor, in
         "position_ids": positions - shift.gather(1, branches.clamp(min=0)),
         "branch_layout": BranchLayout(shared, tokens.where(is_own, 0), is_own, bias[:, :, None, None]),
     }
-
-
-BRANCHED = "sdpa_with_branches"
 
 
 def attend(
