@@ -350,7 +350,7 @@ def test_answers_about_places_agree_with_the_depth_map(pictures, train_pictures,
             return value
 
         places = [pair for pair in sample.qa if pair[0] in PLACES]
-        assert len(set(places)) == len(places) and sample.qa[-len(places) :] == places
+        assert len(set(places)) == len(places)
         for kind, question, answer in places:
             asked[kind] += 1
             if kind == "point_distance":
@@ -373,6 +373,25 @@ def test_answers_about_places_agree_with_the_depth_map(pictures, train_pictures,
     assert min(asked[kind] for kind in PLACES) > 10, asked
 
 
+def test_a_place_shows_the_thing_that_is_named(pictures, train_pictures, easy_pictures):
+    asked, names = collections.Counter(), collections.Counter()
+    for sample, things, scene, _ in pictures + train_pictures + easy_pictures:
+        height, width = things.shape
+        shown = [pair for pair in sample.qa if pair[0] == "thing"]
+        assert len(shown) <= 12 and len(set(shown)) == len(shown)
+        assert max(collections.Counter(answer for _, _, answer in shown).values(), default=0) <= 4
+        for _, question, answer in shown:
+            x, y = map(int, re.fullmatch(rf"Which thing is {POINT}\?", question).groups())
+            v, u = int(y / 100 * height), int(x / 100 * width)
+            thing = scene.things[things[v, u]]
+            assert answer == thing.name and thing.color in answer and thing.kind in answer
+            assert (things[max(v - 3, 0) : v + 4, max(u - 3, 0) : u + 4] == things[v, u]).all()
+            asked[scene.walls is not None, bool(scene.kinds)] += 1
+            names[answer] += 1
+    assert len(asked) == 3 and min(asked.values()) > 60, asked  # streets, rooms, easy rooms
+    assert max(names.values()) < 0.1 * names.total()
+
+
 def test_of_two_points_neither_is_right_more_often(train_pictures):
     answers = [answer for sample, *_ in train_pictures for kind, _, answer in sample.qa if kind == "nearer_point"]
     assert abs(answers.count("A") / len(answers) - 0.5) < 3 * 0.5 / len(answers) ** 0.5
@@ -389,7 +408,7 @@ def test_easy_pictures_show_few_large_things_by_name(easy_pictures):
             if i and (things == i).any()
         }
         for kind, question, answer in sample.qa:
-            if kind in PLACES:
+            if kind in (*PLACES, "thing"):
                 assert all(number.endswith("0") for number in re.findall(r"(\d+) %", question))
                 continue
             kinds[kind] += 1
@@ -417,17 +436,25 @@ GOLDEN_PLACES = {
     ("test", 2): "5e9c7aced750427ccd32ac444c407f63e098f389130303bad18e89656092c5d0",
 }
 
+GOLDEN_SHOWN = {
+    ("train", 7): "685122aeeb96058a43914975597680a3f06404e20e1f865951bf242f2887cb21",
+    ("test", 2): "fe605b8c78284a4d68ea7bee656f3f0606f7411284054768e18cd8a27966cba5",
+}
+
 
 @pytest.mark.parametrize("split, index", GOLDEN)
 def test_golden_frames(split, index):
     sample = render(split, index)
     digest = hashlib.sha256(sample.image.tobytes())
     digest.update(np.round(sample.depth.astype(np.float64) * 1000).astype("<u4").tobytes())
-    named = [pair for pair in sample.qa if pair[0] not in PLACES]
+    named = [pair for pair in sample.qa if pair[0] not in (*PLACES, "thing")]
     digest.update(repr((sample.image.shape, sample.intrinsics, named)).encode())
     assert digest.hexdigest() == GOLDEN[split, index]
-    places = sample.qa[len(named) :]
+    places = [pair for pair in sample.qa if pair[0] in PLACES]
     assert hashlib.sha256(repr(places).encode()).hexdigest() == GOLDEN_PLACES[split, index]
+    shown = sample.qa[len(named) + len(places) :]
+    assert named + places + shown == sample.qa
+    assert hashlib.sha256(repr(shown).encode()).hexdigest() == GOLDEN_SHOWN[split, index]
 
 
 def test_random_words_are_those_of_philox():

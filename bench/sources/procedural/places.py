@@ -50,16 +50,22 @@ def ask(draw: Draw, depth: np.ndarray, camera_height: float | None, step: int = 
 
 def choose_point(draw: Draw, depth: np.ndarray, step: int) -> Point | None:
     """A point with a depth, away from edges of the depth map; None where TRIES of them are not."""
-    height, width = depth.shape
+    for _ in range(TRIES):
+        where, at, around = choose_place(draw, depth.shape, step)
+        if depth[around].min() > 0 and depth[around].max() < SMOOTH * depth[around].min():
+            return where, float(depth[at])
+    return None
+
+
+def choose_place(draw: Draw, shape: tuple[int, int], step: int) -> tuple[str, tuple[int, int], tuple[slice, slice]]:
+    """A place of a picture (height, width) in words, its pixel, and the pixels around it."""
+    height, width = shape
     reach = 1 + int(AROUND * width)
     lowest, highest = -(-MARGIN // step), (100 - MARGIN) // step
-    for _ in range(TRIES):
-        x, y = draw.integer(lowest, highest) * step, draw.integer(lowest, highest) * step
-        u, v = x * width // 100, y * height // 100
-        around = depth[max(v - reach, 0) : v + reach + 1, max(u - reach, 0) : u + reach + 1]
-        if around.min() > 0 and around.max() < SMOOTH * around.min():
-            return f"at {x} % from the left and {y} % from the top", float(depth[v, u])
-    return None
+    x, y = draw.integer(lowest, highest) * step, draw.integer(lowest, highest) * step
+    u, v = x * width // 100, y * height // 100
+    around = slice(max(v - reach, 0), v + reach + 1), slice(max(u - reach, 0), u + reach + 1)
+    return f"at {x} % from the left and {y} % from the top", (v, u), around
 
 
 def metres(depth: float) -> str:

@@ -1,5 +1,6 @@
 """Procedural: rooms and streets drawn from a seed, with exact depth and question-answer pairs. Nothing to download."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,6 +27,8 @@ BUILDERS = {"room": room, "street": street, "simple-room": simple_room}
 SEEN, CLEAR, UNHIDDEN = 0.0002, 0.003, 0.3
 TRIES = 10  # scenes drawn for a frame until three questions can be asked about it; one in a hundred needs a second
 GAP = 0.02  # of the picture's width, between two things of which one is left of the other
+# Places drawn to ask what they show, and how many questions become of them, of one thing and in all.
+SPOTS, PER_THING, MOST_SPOTS = 300, 4, 12
 PLURALS = {"box": "boxes", "person": "people", "shelf": "shelves"}
 
 
@@ -53,7 +56,8 @@ def picture(
         qa = ask(draw, scene, things, depth, alone)
         if len(qa) >= 3:
             break
-    qa += places.ask(draw, depth, scene.eye[2] if scene.walls else None, step=1 if scene.kinds else 10)
+    step = 1 if scene.kinds else 10
+    qa += places.ask(draw, depth, scene.eye[2] if scene.walls else None, step) + shown(draw, scene, things, step)
     return Sample(develop(scene, camera, z, part), depth, camera.intrinsics, qa), things, scene, camera
 
 
@@ -211,6 +215,21 @@ def nearest_thing(views: list[View], named: list[View]) -> list[tuple[str, str, 
     if second.depth < NEARER * first.depth:
         return []
     return [("nearest", "Which thing is nearest?", first.thing.name)]
+
+
+def shown(draw: Draw, scene: Scene, things: np.ndarray, step: int) -> list[tuple[str, str, str]]:
+    """Up to MOST_SPOTS questions which thing is at a place, whose surroundings show that thing alone."""
+    questions, asked = {}, Counter()
+    for _ in range(SPOTS):
+        where, at, around = places.choose_place(draw, things.shape, step)
+        name = scene.things[things[at]].name if scene.things[things[at]].color else ""
+        question = f"Which thing is {where}?"
+        if name and asked[name] < PER_THING and question not in questions and (things[around] == things[at]).all():
+            questions[question] = ("thing", question, name)
+            asked[name] += 1
+        if len(questions) == MOST_SPOTS:
+            break
+    return list(questions.values())
 
 
 def view(scene: Scene, things: np.ndarray, depth: np.ndarray, alone: np.ndarray) -> list[View]:
