@@ -35,7 +35,7 @@ WORDS = "words"  # the table of configs/depth_for_words, which the paper has not
 KINDS = ("point_distance", "nearer_point", "distance", "nearer")  # of questions, in that table
 STAGES = ("stage1", "stage2", "words")  # each a file configs/tiny_STAGE.yaml
 KEYS = {"tables", "config", "stages", *STAGES, "focal_normalization"}
-MOST_HELD_OUT = 500  # frames
+MOST_HELD_OUT, MOST_ASKED = 500, 150  # frames to score depth and answers on; there are 40 questions about each
 EASY_SHARE = 0.25  # easy frames per frame
 # metrics of the trainer's JSON files -> their names here
 METRICS = {"eval_delta1": "delta1", "eval_abs_rel": "abs_rel", "questions_all": "questions"}
@@ -214,7 +214,8 @@ def run_row(out: Path, data: Path, row: dict, pretrained: Path, seed: int, frame
         data = without_focal_lengths(data, json.loads((folder / "config.json").read_text())["canonical_focal_length"])
     for stage in row["stages"]:
         last = stage == row["stages"][-1]
-        own = row[stage] | {"eval_questions": held_out(frames) if last and {6, WORDS} & set(row["tables"]) else 0}
+        asked = min(MOST_ASKED, held_out(frames)) if last and {6, WORDS} & set(row["tables"]) else 0
+        own = row[stage] | {"eval_questions": asked}
         folder = train(out, stage, stage_settings(stage, folder, data, seed, frames, own, changes))
     return json.loads((folder / "finished.json").read_text())
 

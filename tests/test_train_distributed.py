@@ -1,5 +1,6 @@
 """Two processes give what one process gives, whatever each of them holds: DDP by the Trainer, FSDP2 by accelerate."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from answer_distributed import answer
 from fixed_batches import largest_difference, make_trainer, naive_gradients
 from tiny import tiny_model
 from train_distributed import DDP, FSDP, STEPS, WHOLE
 
+from bench.__main__ import main
 from training.trainer import SUMS
 
 HERE = Path(__file__).parent
@@ -25,16 +28,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def run_on_two(script, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, HERE / script, *arguments], env=environment, check=True, timeout=400)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("distributed")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*command, str(HERE / "train_distributed.py"), str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=True,
-        timeout=400,
-    )
+    run_on_two("train_distributed.py", output)
     return {path.stem: torch.load(path, weights_only=True) for path in output.glob("*.pt")}
 
 
@@ -77,3 +80,14 @@ def test_fsdp2_gradients_equal_naive(results, case):
     expected, *_ = naive_gradients(tiny_model(tie_word_embeddings=tied), batches, trains)
     gradients, _ = results[case]
     assert largest_difference(gradients, expected) < 1e-6
+
+
+def test_two_processes_share_the_questions_and_score_them_like_one(tmp_path):
+    build = ["build", "procedural_easy", "--out", str(tmp_path), "--split", "test", "--max-frames", "3"]
+    assert main(build) == 0
+    scores, answered = answer(str(tmp_path))
+    assert 0 < scores["questions_all"] < 1 and answered > 40
+    run_on_two("answer_distributed.py", tmp_path, tmp_path)
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one for one, _ in ranks] == [scores, scores]
+    assert sum(own for _, own in ranks) == answered and abs(ranks[0][1] - ranks[1][1]) <= 1

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE, DepthVLMProcessor
@@ -63,16 +66,24 @@ def generate_answers(
 def score_questions(
     model: PreTrainedModel, processor: DepthVLMProcessor, data_args: DataArguments, limit: int
 ) -> dict[str, float]:
-    """Share of right answers to each kind of question, over the first `limit` rows of each held-out data set."""
+    """
+    Share of right answers to each kind of question, over the first `limit` rows of each held-out data set.
+
+    Every process has to call it; each gets the answers of all.
+    """
     asked = []
     for source in data_args.eval_datasets:
         for row in source.open().take(limit):
             questions = row.get("qa") or {"kind": [], "question": [], "answer": []}
+            sample = {"image": decode(row["image"], source.root), "focal_length": row["fx"]}
             for kind, question, answer in zip(*(questions[k] for k in ("kind", "question", "answer")), strict=True):
-                image = decode(row["image"], source.root)
-                sample = {"image": image, "focal_length": row["fx"], "question": question}
-                asked.append((kind, answer, sample))
-    answers = generate_answers(model, processor, [sample for *_, sample in asked], data_args.max_pixels)
+                asked.append((kind, answer, sample | {"question": question}))
+    samples = [sample for *_, sample in asked]
+    if isinstance(model, FSDPModule):  # its processes run in step, so each answers everything
+        answers = generate_answers(model, processor, samples, data_args.max_pixels)
+    else:
+        with PartialState().split_between_processes(samples) as own:
+            answers = gather_object(generate_answers(model, processor, own, data_args.max_pixels))
     right = {}
     for (kind, truth, _), answer in zip(asked, answers, strict=True):
         right.setdefault(kind, []).append(is_right(kind, answer, truth))
