@@ -1,5 +1,6 @@
 """What training makes of a row: label mask, depth label, crop, augmentation; and the order in which rows come."""
 
+import collections
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny import tiny_model
 from bench import sources
 from bench.depthvlm_bench import FEATURES
 from depthvlm.processing_depthvlm import DEPTH_RESPONSE
-from training.data import DataArguments, DataSource, crop, read_sample
+from training.data import DataArguments, DataSource, crop, draw_questions, read_sample
 from training.encoding import Collator, Encoder
 from training.held_out import EvalSamples
 from training.loss import separate
@@ -188,6 +189,21 @@ def test_max_questions_of_a_row_are_drawn_anew():
     assert {messages[2]["content"][0]["text"] for messages in drawn} == {"2.5", "a"}
     with pytest.raises(ValueError, match="max_questions of data set 'nowhere' is 0"):
         DataSource("nowhere", max_questions=0)
+
+
+def test_drawn_questions_are_of_all_kinds_by_turns():
+    kinds = ["point"] * 20 + ["half"] + ["pair"] * 5
+    rng = np.random.default_rng(0)
+    draws = [draw_questions(kinds, 9, rng) for _ in range(300)]
+    for drawn in draws:
+        assert len(set(drawn)) == 9
+        assert collections.Counter(kinds[i] for i in drawn) == {"half": 1, "point": 4, "pair": 4}
+    # each of a kind is as likely as the others, and in any place: 300 draws of 4 of 20, and 1 of 9 places
+    points = collections.Counter(i for drawn in draws for i in drawn if i < 20)
+    assert len(points) == 20 and max(abs(number - 60) for number in points.values()) < 5 * (60 * 0.8) ** 0.5
+    firsts = sum(drawn[0] == 20 for drawn in draws)
+    assert abs(firsts - 300 / 9) < 5 * (300 / 9) ** 0.5
+    assert sorted(draw_questions(kinds, None, rng)) == sorted(draw_questions(kinds, 99, rng)) == list(range(26))
 
 
 def test_instruction_rows():

@@ -49,7 +49,7 @@ class DataSource:
     conversations in any of the forms of `instructions.py`.
     image_root: folder that paths of images start from and do not leave; default: path, where it is a folder.
     depth_on_qa: whether a qa row's depth map is learnt from as well, in the same pass.
-    max_questions: of a qa row's questions, drawn anew each time; default: all.
+    max_questions: of a qa row's questions, drawn anew each time, of all kinds by turns; default: all.
     separate_questions: whether each question of a qa row is asked as the first one: from one pass over the image, but
         without the other questions and answers before it, which would give away much of its answer.
     max_canonical_edge: longest side, in px at a focal length of 1000 px, that is kept of an image, around its centre;
@@ -209,7 +209,7 @@ def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict
         pairs = list(zip(row["qa"]["question"], row["qa"]["answer"], strict=True))
         if not pairs:
             raise ValueError("no question")
-        questions = [pairs[i] for i in rng.permutation(len(pairs))[: source.max_questions]]
+        questions = [pairs[i] for i in draw_questions(row["qa"]["kind"], source.max_questions, rng)]
     else:
         questions = [(DEPTH_PROMPT, DEPTH_RESPONSE)]
         if source.focal_jitter:
@@ -228,6 +228,16 @@ def open_sample(row: dict, source: DataSource, rng: np.random.Generator) -> dict
         "max_pixels": source.max_pixels,
         "crop_side": crop_side,
     }
+
+
+def draw_questions(kinds: list[str], number: int | None, rng: np.random.Generator) -> list[int]:
+    """Indices of up to `number` questions in an order drawn anew, of all kinds by turns: none is lost among another."""
+    order, drawn, turns = rng.permutation(len(kinds)).tolist(), collections.Counter(), {}
+    for index in order:
+        turns[index] = drawn[kinds[index]]
+        drawn[kinds[index]] += 1
+    kept = set(sorted(order, key=turns.get)[:number])
+    return [index for index in order if index in kept]
 
 
 def load_sample(sample: dict, source: DataSource, rng: np.random.Generator) -> dict:
